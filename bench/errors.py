@@ -1,0 +1,89 @@
+"""What can go wrong, as one tree.
+
+    BenchError                 the user's mistake or a run that cannot be believed: one line, exit code 2
+    ├── UsageError             an argument, a setting or a file of the user's is not what it must be
+    │   ├── UnknownName        no such defense, dataset, protocol or attack; names the nearest
+    │   ├── DuplicateName      one name registered twice
+    │   ├── DataError          a dataset that is missing, damaged or of the wrong form
+    │   ├── CheckpointError    weights that cannot be read or belong to another architecture
+    │   ├── ProtocolError      a protocol file that does not say what to do
+    │   └── PluginError        a user's file that fails at import
+    ├── VoidRun                a run that must not become a number: NaN, crash, illegal perturbation
+    │   ├── NonFinite          a model or a gradient that is NaN or infinite
+    │   └── AttackCrash        an attack that raised; exit code 1
+    └── Interrupted            stopped by the user; state is kept, exit code 130
+
+Anything else that escapes is a bug of ours: traceback, exit code 1.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable, Sequence
+
+
+class BenchError(Exception):
+    """Says what was given, what was expected and what to do, in one line."""
+
+    exit_code = 2
+
+
+class UsageError(BenchError):
+    """An argument, a setting or a file of the user's is not what it must be."""
+
+
+class UnknownName(UsageError):
+    """Nothing is registered under this name."""
+
+    def __init__(self, kind: str, given: str, known: Iterable[str], hint: str = "") -> None:
+        known = sorted(known)
+        near = difflib.get_close_matches(given, known, n=1, cutoff=0.5)
+        advice = f"did you mean {near[0]!r}?" if near else f"known: {', '.join(known)}"
+        super().__init__(f"no {kind} named {given!r}; {advice}{hint}")
+
+
+class DuplicateName(UsageError):
+    """Two objects claim one name."""
+
+
+class DataError(UsageError):
+    """A dataset is missing, damaged or of the wrong form."""
+
+
+class CheckpointError(UsageError):
+    """Weights cannot be read, or belong to another architecture."""
+
+
+class ProtocolError(UsageError):
+    """A protocol file does not say what to do."""
+
+
+class PluginError(UsageError):
+    """A user's plugin file fails at import."""
+
+
+class VoidRun(BenchError):
+    """A run that must not become a number; `rows` are the positions in the batch that show it, if it is known."""
+
+    def __init__(self, message: str, rows: Sequence[int] = ()) -> None:
+        super().__init__(message)
+        self.rows = list(rows)
+
+
+class NonFinite(VoidRun):
+    """Logits or gradients are NaN or infinite."""
+
+    def __init__(self, what: str, rows: Sequence[int]) -> None:
+        super().__init__(f"{what} are NaN or infinite for {len(rows)} image(s) of the batch", rows)
+
+
+class AttackCrash(VoidRun):
+    """An attack raised something: a bug of ours or of a library's."""
+
+    exit_code = 1
+
+
+class Interrupted(BenchError):
+    """Stopped by the user; what was finished is kept."""
+
+    exit_code = 130
