@@ -1,0 +1,467 @@
+"""Model and plan to outcomes: for every image and column, was the image still classified as it should be?
+
+A batch goes through every program before the next one begins, so that a finished batch can be put away. Attacks take
+gradients from a fast copy of the model; whether they succeeded is decided by the model itself, in float32, in a forward
+pass of its own, after the images were checked to lie in the ball. Nothing an attack says about itself is used.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from bench.attacks.autoattack import autoattack
+from bench.attacks.fgsm import sweep
+from bench.attacks.gradient import input_gradient, naming
+from bench.attacks.losses import LOSSES
+from bench.attacks.pgd import trajectory
+from bench.attacks.torchattacks import from_torchattacks
+from bench.data import Split
+from bench.errors import AttackCrash, BenchError, NonFinite, VoidRun
+from bench.fast import Precision, fast
+from bench.plan import Program
+from bench.protocol import Column
+from bench.rng import Rng
+from bench.threat import ThreatModel, threat_model
+from bench.types import Images, Labels, Model
+
+
+@dataclass
+class Outcome:
+    """What became of a batch's images in one column; all `(b,)`."""
+
+    prediction: Tensor
+    robust: Tensor
+    restart: Tensor
+    """the start that broke the image; -1 where none did"""
+
+
+@dataclass
+class Cost:
+    """What a program did: images times passes, and seconds."""
+
+    gradients: int = 0
+    forwards: int = 0
+    seconds: float = 0.0
+
+
+@dataclass
+class Batch:
+    """A finished batch: dataset positions, labels, an outcome for every column, a cost for every program."""
+
+    index: np.ndarray
+    labels: np.ndarray
+    outcomes: dict[str, Outcome] = field(default_factory=dict)
+    costs: dict[str, Cost] = field(default_factory=dict)
+
+
+class Evaluator:
+    """A model, ready to be attacked.
+
+    Args:
+        model: pixels to logits; put into eval mode, parameters frozen, for good.
+        classes: how many logits it must give.
+        split: the images.
+        seed: of every start.
+        success: `last` or `any`.
+        precision: of gradients; judging is float32.
+        device: where.
+
+    Raises:
+        VoidRun: the model does not give finite float logits `(b, classes)`.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        *,
+        classes: int,
+        split: Split,
+        seed: int,
+        success: str,
+        precision: Precision = "fp32",
+        device: torch.device | str = "cpu",
+    ) -> None:
+        self.model = model.to(device).eval().requires_grad_(False)
+        self.classes, self.split, self.seed, self.success = classes, split, seed, success
+        self.device = torch.device(device)
+        self.findings: list[str] = []
+        x, y = split.batch(slice(0, 8), self.device)
+        judge = Judge(self.model, classes, Cost())
+        with exact_arithmetic(), before_any_attack(), seeded((seed, "probe"), 0, self.device):
+            judge(x, x, None)
+            self.random = is_random(self.model, x)
+            if self.random:
+                self.gradient_model: Model = self.model
+                self.about = "as it is (random)"
+                self.findings.append(
+                    "the model is random: outcomes are those of one draw, and of one batch size"
+                )
+            else:
+                made = fast(self.model, x, y, precision)
+                self.gradient_model, self.about = made.model, made.about
+
+    def clean_accuracy(self, index: np.ndarray, batch_size: int) -> float:
+        """The share of these images that is classified as labelled."""
+        judge, right = Judge(self.model, self.classes, Cost()), 0
+        with exact_arithmetic():
+            for start in range(0, len(index), batch_size):
+                x, y = self.split.batch(index[start : start + batch_size], self.device)
+                right += int((judge(x, x, None) == y).sum())
+        return right / len(index)
+
+    def estimate(self, programs: Sequence[Program], n: int, batch_size: int) -> tuple[float, float]:
+        """Seconds that the programs will take on `n` images, at least and at most, from one timed batch."""
+        x, y = self.split.batch(slice(0, min(n, batch_size, 32)), self.device)
+
+        def timed(work: Callable[[], object]) -> float:
+            work()
+            started = time.perf_counter()
+            work()
+            if self.device.type == "cuda":
+                torch.cuda.synchronize(self.device)
+            return (time.perf_counter() - started) / len(x) * n
+
+        with exact_arithmetic():
+            gradient = timed(lambda: input_gradient(self.gradient_model, x, y, LOSSES["ce"]))
+            forward = timed(lambda: Judge(self.model, self.classes, Cost())(x, x, None))
+        low, high = (
+            sum(program.gradients()[i] * gradient + program.forwards()[i] * forward for program in programs)
+            for i in (0, 1)
+        )
+        return (low if self.success == "last" else forward), high
+
+    def run(self, programs: Sequence[Program], index: np.ndarray) -> Batch:
+        """Every program on the images at these dataset positions.
+
+        Raises:
+            VoidRun: a non-finite logit or gradient, or an illegal perturbation; names image, column and cause.
+        """
+        x, y = self.split.batch(index, self.device)
+        batch = Batch(index, y.cpu().numpy())
+        correct = torch.ones_like(y, dtype=torch.bool)
+        with exact_arithmetic():
+            for program in programs:
+                cost, started = Cost(), time.perf_counter()
+                judge = Judge(
+                    self.model,
+                    self.classes,
+                    cost,
+                    seed=(self.seed, "judge", int(index[0])) if self.random else None,
+                )
+                draws = (self.seed, program.name, int(index[0])) if self.random else None
+                with named(program, index), seeded(draws, 0, self.device):
+                    if program.first.family == "clean":
+                        prediction = judge(x, x, None)
+                        correct = prediction == y
+                        outcome = Outcome(prediction, correct, torch.full_like(y, -1))
+                        batch.outcomes[program.first.name] = outcome
+                    else:
+                        clean = batch.outcomes["clean"]
+                        self._attack(program, judge, cost, x, y, index, clean, batch.outcomes)
+                if self.device.type == "cuda":
+                    torch.cuda.synchronize(self.device)
+                cost.seconds = time.perf_counter() - started
+                batch.costs[program.name] = cost
+        return batch
+
+    def _attack(
+        self,
+        program: Program,
+        judge: Judge,
+        cost: Cost,
+        x: Images,
+        y: Labels,
+        index: np.ndarray,
+        clean: Outcome,
+        outcomes: dict[str, Outcome],
+    ) -> None:
+        # a misclassified image needs no attack: it is broken, by start 0, as it stands
+        for column in program.columns:
+            outcomes[column.name] = Outcome(
+                clean.prediction.clone(), clean.robust.clone(), torch.where(clean.robust, -1, 0)
+            )
+        rows = clean.robust.nonzero().flatten()
+        if len(rows) == 0:
+            return
+        if program.first.family == "fgsm":
+            self._fgsm(program, judge, cost, x[rows], y[rows], rows, outcomes)
+        elif program.first.family == "pgd":
+            self._pgd(program, judge, cost, x, y, index, outcomes)
+        else:
+            (column,) = program.columns
+            threat = threat_model(column.norm, column.eps)
+            rng = Rng(self.seed, column.name, int(index[0]))
+            with naming(rows):
+                x_adv = library_attack(column, Counted(self.model, cost), x[rows], y[rows], threat, rng)
+                settle(outcomes[column.name], rows, judge(x_adv, x[rows], threat), y[rows], 0)
+
+    def _fgsm(
+        self,
+        program: Program,
+        judge: Judge,
+        cost: Cost,
+        x: Images,
+        y: Labels,
+        rows: Tensor,
+        outcomes: dict[str, Outcome],
+    ) -> None:
+        # one gradient of hundreds: taken from the model itself, so that no rounding of the copy can turn a sign
+        model = Counted(self.model, cost)
+        threats = [threat_model(column.norm, column.eps) for column in program.columns]
+        found = sweep(model, x, y, threats, loss=LOSSES[program.first.loss], eot=program.first.eot)
+        with naming(rows):
+            for column, (threat, x_adv) in zip(program.columns, found, strict=True):
+                settle(outcomes[column.name], rows, judge(x_adv, x, threat), y, 0)
+
+    def _pgd(
+        self,
+        program: Program,
+        judge: Judge,
+        cost: Cost,
+        x: Images,
+        y: Labels,
+        index: np.ndarray,
+        outcomes: dict[str, Outcome],
+    ) -> None:
+        first = program.first
+        threat = threat_model(first.norm, first.eps)
+        model = Counted(self.gradient_model, cost)
+        for restart in range(program.restarts):
+            wanted = [column for column in program.columns if column.restarts > restart]
+            standing = torch.stack([outcomes[column.name].robust for column in wanted]).any(0)
+            rows = standing.nonzero().flatten()
+            if len(rows) == 0:
+                return
+            start = Rng(self.seed, "pgd", first.loss, restart, images=index[rows.cpu().numpy()].tolist())
+
+            def witness(
+                step: int,
+                which: Tensor,
+                x_adv: Images,
+                rows: Tensor = rows,
+                wanted: list[Column] = wanted,
+                restart: int = restart,
+            ) -> Tensor:
+                with naming(which):
+                    prediction = judge(x_adv, x[rows[which]], threat)
+                for column in wanted:
+                    if column.steps >= step:
+                        settle(
+                            outcomes[column.name],
+                            rows[which],
+                            prediction,
+                            y[rows[which]],
+                            restart,
+                            only_broken=True,
+                        )
+                return prediction != y[rows[which]]
+
+            runs = trajectory(
+                model,
+                x[rows],
+                y[rows],
+                threat,
+                rng=start,
+                milestones=program.milestones(restart),
+                loss=LOSSES[first.loss],
+                step_size=first.step_size,
+                random_start=first.random_start,
+                eot=first.eot,
+                witness=witness if self.success == "any" else None,
+            )
+            with naming(rows):
+                for step, x_adv in runs:
+                    prediction = judge(x_adv, x[rows], threat)
+                    for column in wanted:
+                        if column.steps == step:
+                            settle(outcomes[column.name], rows, prediction, y[rows], restart)
+
+
+class Judge:
+    """The deployed model in float32: is a perturbation legal, and what does the model say to it?
+
+    `judge(x_adv, x, threat)` gives predictions `(b,)`; without a threat model the images are taken as they are.
+    """
+
+    def __init__(
+        self, model: nn.Module, classes: int, cost: Cost, seed: tuple[int | str, ...] | None = None
+    ) -> None:
+        self.model, self.classes, self.cost, self.seed = model, classes, cost, seed
+
+    def __call__(self, x_adv: Images, x: Images, threat: ThreatModel | None) -> Tensor:
+        """Predictions `(b,)`.
+
+        Raises:
+            VoidRun: an image outside ball or box, logits of the wrong form, an input changed in place.
+            NonFinite: a logit is NaN or infinite.
+        """
+        if x_adv.shape != x.shape or x_adv.dtype != x.dtype:
+            raise VoidRun(
+                f"the attack returned {tuple(x_adv.shape)} {x_adv.dtype} for images {tuple(x.shape)} {x.dtype}"
+            )
+        if threat is not None:
+            legal = threat.contains(x_adv, x)
+            if not legal.all():
+                raise illegal(x_adv, x, threat, legal)
+        given = x_adv.clone()
+        self.cost.forwards += len(x_adv)
+        with torch.no_grad(), seeded(self.seed, self.cost.forwards, x.device):
+            logits = ask(self.model, given)
+        if (
+            not isinstance(logits, Tensor)
+            or logits.shape != (len(x), self.classes)
+            or not logits.is_floating_point()
+        ):
+            found = (
+                f"{tuple(logits.shape)} {logits.dtype}"
+                if isinstance(logits, Tensor)
+                else f"a {type(logits).__name__}"
+            )
+            raise VoidRun(
+                f"the model must return float logits {(len(x), self.classes)} for {self.classes} classes, but returned {found}"
+            )
+        if not torch.equal(given, x_adv):
+            raise VoidRun("the model changed its input in place; it must leave the images as they are")
+        finite = logits.isfinite().all(1)
+        if not finite.all():
+            raise NonFinite("logits", (~finite).nonzero().flatten().tolist())
+        return logits.argmax(1)
+
+
+def illegal(x_adv: Images, x: Images, threat: ThreatModel, legal: Tensor) -> VoidRun:
+    """What to say of images that are not allowed."""
+    size = (x_adv - x)[~legal].flatten(1)
+    size = size.abs().amax() if threat.norm == "Linf" else size.norm(dim=1).amax()
+    low, high = float(x_adv[~legal].min()), float(x_adv[~legal].max())
+    return VoidRun(
+        f"a perturbation of {threat.norm} size {size:.6g} (pixels {low:.4g} to {high:.4g}) leaves the ball of "
+        f"{threat.eps:.6g} or the box [0,1]",
+        (~legal).nonzero().flatten().tolist(),
+    )
+
+
+def settle(
+    outcome: Outcome, rows: Tensor, prediction: Tensor, y: Labels, restart: int, *, only_broken: bool = False
+) -> None:
+    """Enters what was found for these rows; an image that fell stays charged to what felled it first."""
+    broken = prediction != y
+    standing = outcome.robust[rows]
+    entered = standing & broken if only_broken else standing
+    outcome.prediction[rows] = torch.where(entered, prediction, outcome.prediction[rows])
+    outcome.restart[rows] = torch.where(standing & broken, restart, outcome.restart[rows])
+    outcome.robust[rows] = standing & ~broken
+
+
+def library_attack(
+    column: Column, model: nn.Module, x: Images, y: Labels, threat: ThreatModel, rng: Rng
+) -> Images:
+    """The images that somebody else's attack finds."""
+    if column.family == "autoattack":
+        return autoattack(model, x, y, threat, rng=rng, **column.settings)
+    return from_torchattacks(
+        model, x, y, threat, rng=rng, name=column.family.split(":", 1)[1], **column.settings
+    )
+
+
+class Counted(nn.Module):
+    """The model that gradients come from, counting the images passed through it."""
+
+    def __init__(self, model: Model, cost: Cost) -> None:
+        super().__init__()
+        self.model, self.cost = model, cost
+        self.eval()
+
+    def forward(self, x: Images) -> Tensor:
+        """What the model says."""
+        self.cost.gradients += len(x)
+        return ask(self.model, x)
+
+
+def ask(model: Model, x: Images) -> Tensor:
+    """What the model says.
+
+    Raises:
+        VoidRun: it raises something.
+    """
+    try:
+        return model(x)
+    except BenchError:
+        raise
+    except torch.OutOfMemoryError as error:
+        raise VoidRun(
+            f"out of memory with {len(x)} images at a time; choose a smaller --batch-size"
+        ) from error
+    except Exception as error:
+        # a stranger's forward may raise anything; whatever it is, there is no number
+        raise VoidRun(
+            f"the model raised {type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
+        ) from error
+
+
+def is_random(model: nn.Module, x: Images) -> bool:
+    """Whether the model draws random numbers, or answers the same images differently the second time."""
+    before = torch.random.get_rng_state()
+    with torch.no_grad(), seeded((0, "probe"), 0, x.device):
+        state = torch.random.get_rng_state()
+        first, second = model(x.clone()), model(x.clone())
+        drew = not torch.equal(state, torch.random.get_rng_state())
+    assert torch.equal(before, torch.random.get_rng_state())
+    return drew or bool((first - second).abs().max() > 1e-6 * first.abs().max().clamp_min(1e-12))
+
+
+@contextmanager
+def seeded(address: tuple[int | str, ...] | None, call: int, device: torch.device) -> Iterator[None]:
+    """The global generator at an address, put back afterwards; left alone without one."""
+    if address is None:
+        yield
+        return
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+        torch.manual_seed(Rng(*address, call).seed())
+        yield
+
+
+@contextmanager
+def named(program: Program, index: np.ndarray) -> Iterator[None]:
+    """Says in which program, and on which images, a run became void."""
+    columns = ", ".join(column.name for column in program.columns[:3]) + (
+        "…" if len(program.columns) > 3 else ""
+    )
+    try:
+        yield
+    except VoidRun as error:
+        where = f"image {index[error.rows[0]]}" if error.rows else f"among images {index[0]}…{index[-1]}"
+        raise VoidRun(f"run void: {error} ({where}, column {columns})") from error
+    except BenchError:
+        raise
+    except Exception as error:
+        what = f"{type(error).__name__}: {error}"
+        raise AttackCrash(
+            f"run void: the attack raised {what} (among images {index[0]}…{index[-1]}, column {columns})"
+        ) from error
+
+
+@contextmanager
+def before_any_attack() -> Iterator[None]:
+    """Says that it is the model, as it was handed over, that cannot be evaluated."""
+    try:
+        yield
+    except VoidRun as error:
+        raise VoidRun(f"this model cannot be evaluated: {error} (first images, before any attack)") from error
+
+
+@contextmanager
+def exact_arithmetic() -> Iterator[None]:
+    """Float32 as float32: no TF32 in convolutions or products."""
+    conv, product = torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32
+    torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False
+    try:
+        yield
+    finally:
+        torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32 = conv, product
