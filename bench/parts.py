@@ -1,0 +1,109 @@
+"""Finished batches of a run that is under way, one file each, so that a stopped run goes on where it stopped."""
+
+from __future__ import annotations
+
+import io
+import json
+import shutil
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from bench.evaluate import Batch, Cost
+from bench.record import atomic
+
+SCHEMA = pa.schema(
+    [
+        ("index", pa.int32()),
+        ("label", pa.int16()),
+        ("column", pa.dictionary(pa.int16(), pa.string())),
+        ("prediction", pa.int16()),
+        ("robust", pa.bool_()),
+        ("restart", pa.int16()),
+    ]
+)
+
+
+class Parts:
+    """The batches in a folder; a file that cannot be read is one that was never finished, and is dropped."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self._tables: list[pa.Table] = []
+        self._done: set[int] = set()
+        for file in sorted(folder.glob("*.parquet")):
+            try:
+                table = pq.read_table(file, schema=SCHEMA)
+            except (pa.ArrowException, OSError):
+                file.unlink()
+                continue
+            self._take(table)
+
+    def done(self) -> np.ndarray:
+        """The dataset positions that are finished, rising."""
+        return np.array(sorted(self._done), dtype=int)
+
+    def add(self, batch: Batch) -> None:
+        """Puts a finished batch away."""
+        columns = list(batch.outcomes)
+        rows = {
+            "index": np.tile(batch.index, len(columns)),
+            "label": np.tile(batch.labels, len(columns)),
+            "column": np.repeat(columns, len(batch.index)),
+            "prediction": np.concatenate([batch.outcomes[c].prediction.cpu().numpy() for c in columns]),
+            "robust": np.concatenate([batch.outcomes[c].robust.cpu().numpy() for c in columns]),
+            "restart": np.concatenate([batch.outcomes[c].restart.cpu().numpy() for c in columns]),
+        }
+        arrays = [pa.array(rows[field.name]).cast(field.type) for field in SCHEMA]
+        costs = json.dumps({name: asdict(cost) for name, cost in batch.costs.items()})
+        table = pa.Table.from_arrays(arrays, schema=SCHEMA.with_metadata({"costs": costs}))
+        atomic(
+            self.folder / f"{batch.index[0]:07d}-{batch.index[-1]:07d}-{len(batch.index)}.parquet",
+            _bytes(table),
+        )
+        self._take(table)
+
+    def outcomes(self, columns: Sequence[str]) -> bytes:
+        """All rows as one parquet file: by image, then by column in the protocol's order; the same bytes for the same rows."""
+        table = pa.concat_tables(
+            [table.replace_schema_metadata(None) for table in self._tables]
+        ).unify_dictionaries()
+        place = {name: i for i, name in enumerate(columns)}
+        column = np.array([place[name] for name in table["column"].to_pylist()])
+        order = np.lexsort((column, table["index"].to_numpy()))
+        table = table.take(pa.array(order))
+        names = pa.DictionaryArray.from_arrays(pa.array(column[order], pa.int16()), pa.array(list(columns)))
+        table = table.set_column(table.schema.get_field_index("column"), "column", names)
+        return _bytes(table.combine_chunks())
+
+    def costs(self) -> dict[str, Cost]:
+        """What every program cost over all batches."""
+        total: dict[str, Cost] = {}
+        for table in self._tables:
+            for name, cost in json.loads(table.schema.metadata[b"costs"]).items():
+                so_far = total.setdefault(name, Cost())
+                so_far.gradients += cost["gradients"]
+                so_far.forwards += cost["forwards"]
+                so_far.seconds += cost["seconds"]
+        return total
+
+    def remove(self) -> None:
+        """Deletes the batches; their rows are in the finished record."""
+        shutil.rmtree(self.folder, ignore_errors=True)
+
+    def _take(self, table: pa.Table) -> None:
+        # where two processes finished the same images their rows are equal, and one copy is enough
+        new = [index not in self._done for index in table["index"].to_pylist()]
+        if any(new):
+            self._tables.append(table if all(new) else table.filter(pa.array(new)))
+            self._done |= set(table["index"].to_pylist())
+
+
+def _bytes(table: pa.Table) -> bytes:
+    buffer = io.BytesIO()
+    pq.write_table(table, buffer, compression="zstd")
+    return buffer.getvalue()

@@ -1,0 +1,267 @@
+"""The schema of a result, and how it lies on disk.
+
+    results/runs/<dataset>/<defense>/<protocol>-<key>/
+        record.json        what was asked, what was run, where; written last: without it there is no result
+        outcomes.parquet   one row per image and column: index, label, column, prediction, robust, restart
+        parts/             finished batches of a run that is under way
+
+`key` is a hash of what was asked, so a finished run is found again and a changed one lies beside it. Every file is
+written under another name and then renamed; a reader sees all of it or nothing. Statistics are derived, never stored.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import tempfile
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import pydantic
+from pydantic import BaseModel, ConfigDict
+
+from bench.errors import UsageError
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+SCHEMA: Literal[1] = 1
+
+
+class Asked(BaseModel):
+    """What determines the outcomes; its hash is the key."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    dataset: str
+    data_hash: str
+    defense: str
+    config: dict[str, Any]
+    recipe: str | None
+    model_hash: str
+    """sha256 of the weights that were attacked"""
+    protocol: dict[str, Any]
+    """the protocol in full, radius filled in"""
+    seed: int
+    samples: int
+    precision: Literal["fp32", "bf16"] = "fp32"
+    code: str = ""
+    """hash of the file that defines the defense, blind to comments; empty where there is no file"""
+
+    @property
+    def key(self) -> str:
+        """Twelve hex digits of the hash of all of it."""
+        text = json.dumps(self.model_dump(mode="json"), sort_keys=True)
+        return hashlib.sha256(text.encode()).hexdigest()[:12]
+
+
+class ColumnRecord(BaseModel):
+    """One column of the protocol as it was run; `epsilon` and `step_size` in pixel units."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    name: str
+    """unique in the protocol, the `column` of outcomes.parquet"""
+    attack: str
+    """`clean`, `fgsm`, `pgd`, `ms-pgd`, `a-pgd`, …: the `attack` of the long table"""
+    norm: str | None = None
+    epsilon: float | None = None
+    step_size: float | None = None
+    steps: int | None = None
+    restarts: int | None = None
+    eot: int | None = None
+    loss: str | None = None
+    settings: dict[str, Any] = {}
+    """whatever else the attack was given"""
+
+
+class ProgramRecord(BaseModel):
+    """One attack program: the columns it answered and what they cost together."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    name: str
+    columns: list[str]
+    gradients: int
+    """images times forward-backward passes"""
+    forwards: int
+    """images times forward passes alone"""
+    seconds: float
+
+
+class Where(BaseModel):
+    """Provenance."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    bench: str
+    commit: str | None
+    dirty: bool | None
+    versions: dict[str, str]
+    device: str
+    threads: int
+    started: str
+    seconds: float
+
+
+class Training(BaseModel):
+    """What the weights are and what they cost."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    source: str
+    """`trained` or the checkpoint as it was given"""
+    seed: int | None = None
+    seconds: float | None = None
+    parameters: int
+    stages: list[dict[str, Any]] = []
+
+
+class Record(BaseModel):
+    """All of a result but the outcomes."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    schema_version: Literal[1] = SCHEMA
+    asked: Asked
+    columns: list[ColumnRecord]
+    programs: list[ProgramRecord]
+    training: Training
+    where: Where
+    published_as: str | None = None
+    """the row of the paper's tables that this defense reproduces"""
+    footnotes: list[str] = []
+    """what a reader of any table must know, from the protocol"""
+    findings: list[str] = []
+    """what speaks against believing the numbers"""
+    outcomes_sha256: str
+
+    _folder: Path | None = pydantic.PrivateAttr(default=None)
+
+    def outcomes(self, columns: Sequence[str] | None = None) -> pd.DataFrame:
+        """One row per image and column: index, label, column, prediction, robust, restart.
+
+        Args:
+            columns: which of these six to read; all of them by default.
+
+        Raises:
+            UsageError: the file is missing, or not the one this record was written with.
+        """
+        import io
+
+        import pandas as pd
+
+        assert self._folder is not None, "a record that was not read from disk"
+        path = self._folder / "outcomes.parquet"
+        try:
+            content = path.read_bytes()
+        except FileNotFoundError:
+            raise UsageError(f"{path} is missing; delete the folder and run again") from None
+        if hashlib.sha256(content).hexdigest() != self.outcomes_sha256:
+            raise UsageError(
+                f"{path} is not what its record was written with; delete the folder and run again"
+            )
+        return pd.read_parquet(io.BytesIO(content), columns=None if columns is None else list(columns))
+
+
+def folder(results: Path, asked: Asked) -> Path:
+    """Where the run that was asked lies or will lie."""
+    return (
+        results
+        / "runs"
+        / safe(asked.dataset)
+        / safe(asked.defense)
+        / f"{safe(asked.protocol['name'])}-{asked.key}"
+    )
+
+
+def read(path: Path) -> Record | None:
+    """The record in a run's folder; None where no run has finished.
+
+    Raises:
+        UsageError: the record is damaged or of a schema this version does not know.
+    """
+    file = path / "record.json"
+    try:
+        text = file.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        return None
+    try:
+        record = Record.model_validate_json(text)
+    except pydantic.ValidationError as error:
+        from bench.config import complaint
+
+        raise UsageError(
+            f"{file} is no record of schema {SCHEMA} ({complaint(error)}); delete its folder and run again"
+        ) from None
+    record._folder = path
+    return record
+
+
+def read_all(results: Path) -> Iterator[Record]:
+    """Every finished run of a results folder, in the order of their paths.
+
+    Raises:
+        UsageError: there is no such folder, or a record in it is damaged.
+    """
+    if not results.is_dir():
+        raise UsageError(f"no results folder {str(results)!r}; `bench run` makes one")
+    for file in sorted((results / "runs").glob("*/*/*/record.json")):
+        record = read(file.parent)
+        if record is not None:
+            yield record
+
+
+def atomic(path: Path, content: bytes) -> None:
+    """Writes a file so that a reader sees the old content or all of the new, never a part.
+
+    Raises:
+        UsageError: the folder cannot be written.
+    """
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+        try:
+            with os.fdopen(handle, "wb") as file:
+                file.write(content)
+                file.flush()
+                os.fsync(file.fileno())
+            Path(name).chmod(0o644)
+            Path(name).replace(path)
+        except BaseException:
+            Path(name).unlink(missing_ok=True)
+            raise
+    except OSError as error:
+        raise UsageError(
+            f"cannot write {path}: {error.strerror}; choose another folder with --results or free some room"
+        ) from None
+
+
+def finish(path: Path, record: Record, outcomes: bytes) -> None:
+    """Writes a finished run: the outcomes first, the record that vouches for them last."""
+    atomic(path / "outcomes.parquet", outcomes)
+    atomic(path / "record.json", (record.model_dump_json(indent=2) + "\n").encode())
+
+
+def writable(results: Path) -> None:
+    """Makes the results folder.
+
+    Raises:
+        UsageError: it cannot be made or written.
+    """
+    try:
+        results.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=results):
+            pass
+    except OSError as error:
+        raise UsageError(
+            f"cannot write the results folder {str(results)!r}: {error.strerror}; choose another with --results"
+        ) from None
+
+
+def safe(name: str) -> str:
+    """A name as one folder name: `npz:my/dir` must not climb."""
+    kept = "".join(c if c.isalnum() or c in "-_.+" else "_" for c in name).strip(".")
+    return kept if kept == name else f"{kept}-{hashlib.sha256(name.encode()).hexdigest()[:6]}"

@@ -1,0 +1,107 @@
+"""Finished runs with made-up outcomes, for tests of what is derived from them."""
+
+import hashlib
+import io
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+
+from bench.record import Asked, ColumnRecord, Record, Training, Where, finish, folder, read
+
+EPS = 8 / 255
+
+
+def paper_columns(eps: float = EPS) -> list[ColumnRecord]:
+    """The seventeen columns of dwf-paper."""
+    pgd = {"norm": "Linf", "epsilon": eps, "step_size": eps / 4, "eot": 1, "loss": "ce"}
+    return [
+        ColumnRecord(name="clean", attack="clean"),
+        *(
+            ColumnRecord(name=f"fgsm-0.0{i}", attack="fgsm", norm="Linf", epsilon=i / 100, eot=1, loss="ce")
+            for i in range(1, 10)
+        ),
+        *(
+            ColumnRecord(name=f"pgd-{k}", attack="pgd", steps=k, restarts=1, **pgd)
+            for k in (10, 20, 30, 40, 50)
+        ),
+        ColumnRecord(name="ms-pgd-100", attack="ms-pgd", steps=100, restarts=3, **pgd),
+        ColumnRecord(name="a-pgd-100", attack="a-pgd", steps=100, restarts=1, **pgd),
+    ]
+
+
+def run(
+    results: Path,
+    held: Mapping[str, Sequence[bool] | int] | None = None,
+    *,
+    n: int = 200,
+    columns: Sequence[ColumnRecord] | None = None,
+    dataset: str = "digits",
+    defense: str = "dwf",
+    protocol: Mapping[str, object] | str = "dwf-paper",
+    seed: int = 0,
+    config: Mapping[str, object] | None = None,
+    recipe: str | None = "tiny",
+    source: str = "trained",
+    model_hash: str | None = None,
+    data_hash: str = "d" * 64,
+    precision: str = "fp32",
+    shuffle: bool = False,
+    damage=lambda table: table,
+    **said,
+) -> Record:
+    """A finished run; `held` says per column which images held, or how many of the first; all by default."""
+    columns = paper_columns() if columns is None else list(columns)
+    held = held or {}
+    parts = []
+    for column in columns:
+        value = held.get(column.name, n)
+        robust = np.arange(n) < value if isinstance(value, int) else np.array(value, dtype=bool)
+        labels = np.arange(len(robust)) % 10
+        parts.append(
+            pd.DataFrame(
+                {
+                    "index": np.arange(len(robust)) * 3,
+                    "label": labels,
+                    "column": column.name,
+                    "prediction": np.where(robust, labels, (labels + 1) % 10),
+                    "robust": robust,
+                    "restart": 0,
+                }
+            )
+        )
+    table = pd.concat(parts, ignore_index=True)
+    n = len(parts[0])
+    if shuffle:
+        table = table.sample(frac=1, random_state=1)
+    file = io.BytesIO()
+    damage(table).to_parquet(file, index=False)
+    asked = Asked(
+        dataset=dataset,
+        data_hash=data_hash,
+        defense=defense,
+        config=dict(config or {}),
+        recipe=recipe,
+        model_hash=model_hash or f"{seed}{source}",
+        protocol={"name": protocol} if isinstance(protocol, str) else dict(protocol),
+        seed=seed,
+        samples=n,
+        precision=precision,
+    )
+    record = Record(
+        asked=asked,
+        columns=columns,
+        programs=[],
+        training=Training(source=source, seed=seed, parameters=1),
+        where=Where(
+            bench="0", commit=None, dirty=None, versions={}, device="cpu", threads=1, started="", seconds=1
+        ),
+        outcomes_sha256=hashlib.sha256(file.getvalue()).hexdigest(),
+        **said,
+    )
+    path = folder(results, asked)
+    finish(path, record, file.getvalue())
+    found = read(path)
+    assert found is not None
+    return found
