@@ -1,0 +1,1 @@
+"""Plain networks, one family a file; found by listing."""
