@@ -1,0 +1,302 @@
+"""The command line: parse, call, print. Nothing heavy is imported before a command needs it."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, TypeVar
+
+import click
+
+from bench import __version__
+from bench.errors import BenchError, Interrupted, UsageError
+
+#: what `bench run` evaluates when it is told nothing: the mixture, and the plain network beside it
+DEFAULT_DEFENSES = "dwf,resnet18"
+
+Command = TypeVar("Command", bound=Callable[..., Any])
+
+
+def main() -> None:
+    """Runs the command line and exits: 0 done, 2 the user's mistake, 1 a bug of ours, 130 interrupted."""
+    code, line = 0, ""
+    try:
+        commands(standalone_mode=False)
+    except click.exceptions.Exit as error:
+        code = error.exit_code
+    except click.ClickException as error:
+        code, line = 2, " ".join(error.format_message().split())
+        if isinstance(error, click.UsageError) and error.ctx is not None:
+            line += f" (try `{error.ctx.command_path} --help`)"
+    except BenchError as error:
+        code, line = error.exit_code, str(error)
+        if os.environ.get("BENCH_DEBUG"):
+            traceback.print_exc()
+    except (KeyboardInterrupt, click.Abort):
+        code, line = (
+            Interrupted.exit_code,
+            "interrupted; what was finished is kept, the same command goes on from there",
+        )
+    except BrokenPipeError:
+        # whoever read our output has heard enough
+        sys.stderr.close()
+        code = 0
+    except Exception:
+        traceback.print_exc()
+        code, line = 1, "this is a bug of ours; please report it with the lines above"
+    if line:
+        print(f"bench: {line}", file=sys.stderr)
+    sys.exit(code)
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
+@click.version_option(__version__, prog_name="bench")
+def commands() -> None:
+    """Train defenses, attack them, and compare what is left.
+
+    \b
+    bench run                                   DWF on digits, trained and evaluated: the first two minutes
+    bench run --defense dwf --dataset cifar10   the paper's protocol on CIFAR-10
+    bench table --published                     measured beside published
+    """
+
+
+def asked(train_only: bool) -> Callable[[Command], Command]:
+    """The options that `run` and `train` share, and those of `run` alone."""
+    shared = [
+        click.option(
+            "--defense",
+            default=None,
+            metavar="NAME[,NAME…]",
+            help="What to evaluate; see `bench list defenses`.",
+        ),
+        click.option("--dataset", default="digits", show_default=True, help="See `bench list datasets`."),
+        click.option(
+            "--recipe",
+            type=click.Choice(["tiny", "fast", "paper"]),
+            help="How it is trained. [default: tiny for digits, else fast]",
+        ),
+        click.option(
+            "--set", "settings", multiple=True, metavar="KEY=VALUE", help="A field of the defense's config."
+        ),
+        click.option("--seed", type=int, default=0, show_default=True, help="Of weights, order and starts."),
+        click.option(
+            "--seeds", type=int, default=1, show_default=True, help="How many seeds, counting from --seed."
+        ),
+        click.option("--device", default="auto", show_default=True, metavar="auto|cpu|cuda[:i]"),
+        click.option(
+            "--precision",
+            type=click.Choice(["fp32", "bf16"]),
+            default="fp32",
+            show_default=True,
+            help="Of gradients; judging is fp32.",
+        ),
+        click.option(
+            "--data-dir",
+            type=click.Path(path_type=Path),
+            help="Where the datasets' files are. [default: ./data]",
+        ),
+        click.option(
+            "--results",
+            type=click.Path(path_type=Path),
+            default=Path("results"),
+            show_default=True,
+            metavar="DIR",
+        ),
+        click.option(
+            "--plugin",
+            type=click.Path(path_type=Path),
+            metavar="FILE.py",
+            help="A file that registers defenses.",
+        ),
+        click.option("--yes", is_flag=True, help="Never ask."),
+        click.option("--quiet", is_flag=True, help="No progress."),
+    ]
+    evaluating = [
+        click.option(
+            "--protocol", multiple=True, default=["dwf-paper"], show_default=True, metavar="NAME|FILE.toml"
+        ),
+        click.option(
+            "--attack",
+            "attacks",
+            multiple=True,
+            metavar="NAME",
+            help="A further column, such as autoattack or torchattacks:PGD.",
+        ),
+        click.option("--samples", type=int, metavar="N", help="The first N test images. [default: all]"),
+        click.option("--eps", metavar="E", help="The radius, such as 8/255. [default: the dataset's]"),
+        click.option("--checkpoint", metavar="PATH|hf_hub:NAME|URL", help="Weights in place of training."),
+        click.option(
+            "--batch-size",
+            type=int,
+            metavar="B",
+            help="Images attacked at once. [default: 128, on a GPU 512]",
+        ),
+        click.option("--explain", is_flag=True, help="Print the plan and its cost, and do nothing."),
+        click.option("--json", "as_json", is_flag=True, help="Print the long table of these runs as JSON."),
+    ]
+
+    def add(command: Command) -> Command:
+        for option in reversed(shared if train_only else [*shared[:2], *evaluating, *shared[2:]]):
+            command = option(command)
+        return command
+
+    return add
+
+
+@commands.command()
+@asked(train_only=False)
+def run(
+    protocol: tuple[str, ...],
+    attacks: tuple[str, ...],
+    samples: int | None,
+    eps: str | None,
+    checkpoint: str | None,
+    batch_size: int | None,
+    explain: bool,
+    as_json: bool,
+    **shared: Any,
+) -> None:
+    """Train what has no weights yet, attack it, and print the table.
+
+    A finished run is not run again; a stopped one goes on where it stopped.
+    """
+    from bench import pipeline, plot, table
+    from bench.long import frame, groups
+
+    session = pipeline.prepare(
+        protocol=list(protocol),
+        attacks=attacks,
+        samples=samples,
+        eps=eps,
+        checkpoint=checkpoint,
+        batch_size=batch_size,
+        **_arguments(**shared),
+    )
+    if explain:
+        click.echo(pipeline.explain_session(session))
+        return
+    found = groups(pipeline.run_session(session))
+    if as_json:
+        click.echo(frame(found).to_json(orient="records", indent=2))
+        return
+    click.echo(table.render_groups(found, color=sys.stdout.isatty()))
+    drawn = plot.figures(session.results, session.results / "figures", datasets=[session.data.name])
+    _say(f"figures: {', '.join(str(path) for path in drawn if path.suffix == '.png')}" if drawn else "")
+    _say(f"records: {session.results / 'runs'}; `bench table` and `bench plot` show all of them")
+
+
+@commands.command()
+@asked(train_only=True)
+def train(**shared: Any) -> None:
+    """Train only; goes on where a stopped training stopped."""
+    from bench import pipeline
+
+    for path in pipeline.train_session(pipeline.prepare(**_arguments(**shared))):
+        click.echo(path)
+
+
+@commands.command()
+@click.option(
+    "--results", type=click.Path(path_type=Path), default=Path("results"), show_default=True, metavar="DIR"
+)
+@click.option(
+    "--format",
+    "format_",
+    type=click.Choice(["text", "markdown", "latex", "csv"]),
+    default="text",
+    show_default=True,
+)
+@click.option("--layout", type=click.Choice(["paper", "long"]), default="paper", show_default=True)
+@click.option("--published", is_flag=True, help="The paper's own figures beside ours.")
+@click.option("--json", "as_json", is_flag=True, help="The long table as JSON.")
+def table(results: Path, format_: str, layout: str, published: bool, as_json: bool) -> None:
+    """Print what was measured."""
+    if as_json:
+        from bench.long import load_results
+
+        click.echo(load_results(results).to_json(orient="records", indent=2))
+        return
+    from bench.table import render
+
+    click.echo(
+        render(results, format=format_, layout=layout, published=published, color=sys.stdout.isatty()).rstrip(
+            "\n"
+        )
+    )
+
+
+@commands.command()
+@click.option(
+    "--results", type=click.Path(path_type=Path), default=Path("results"), show_default=True, metavar="DIR"
+)
+@click.option(
+    "--out", type=click.Path(path_type=Path), help="Where to. [default: figures/ in the results folder]"
+)
+def plot(results: Path, out: Path | None) -> None:
+    """Draw robust accuracy against FGSM's radius and against PGD's steps, as PNG, PDF and CSV."""
+    from bench.plot import figures
+
+    for path in figures(results, out or results / "figures"):
+        click.echo(path)
+
+
+@commands.command("list")
+@click.argument("what", type=click.Choice(["defenses", "datasets", "protocols", "attacks"]), required=False)
+@click.option(
+    "--plugin", type=click.Path(path_type=Path), metavar="FILE.py", help="A file that registers defenses."
+)
+@click.option("--json", "as_json", is_flag=True)
+def list_(what: str | None, plugin: Path | None, as_json: bool) -> None:
+    """Print the names there are."""
+    from bench import attacks, data, protocol, registry
+
+    if plugin is not None:
+        registry.load_plugin(plugin)
+    known = {
+        "defenses": {name: entry.summary for name, entry in registry.entries().items()},
+        "datasets": data.names(),
+        "protocols": protocol.names(),
+        "attacks": attacks.NAMES,
+    }
+    chosen = {what: known[what]} if what else known
+    if as_json:
+        click.echo(json.dumps(chosen, indent=2, ensure_ascii=False))
+        return
+    for kind, names in chosen.items():
+        click.echo(f"{kind}:" if what is None else "", nl=what is None)
+        for name, about in names.items():
+            shown = name + "NAME" if name.endswith(":") else name
+            click.echo(f"  {shown:18} {about}")
+
+
+def _arguments(defense: str | None, settings: tuple[str, ...], yes: bool, **others: Any) -> dict[str, Any]:
+    ask = None
+    if not yes and sys.stdin.isatty() and sys.stderr.isatty():
+
+        def ask(question: str) -> bool:
+            return click.confirm(question, default=True, err=True)
+
+    return {
+        **others,
+        "defense": defense or DEFAULT_DEFENSES,
+        "settings": dict(_setting(text) for text in settings),
+        "say": _say,
+        "ask": ask,
+    }
+
+
+def _setting(text: str) -> tuple[str, str]:
+    key, equals, value = text.partition("=")
+    if not equals or not key:
+        raise UsageError(f"--set {text!r} is not KEY=VALUE, such as --set width=32")
+    return key.strip(), value
+
+
+def _say(line: str) -> None:
+    if line:
+        click.echo(line, err=True)

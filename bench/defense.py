@@ -1,0 +1,145 @@
+"""What a defense is: a network to build, and the stages of its training.
+
+A defense is one file in `defenses/` (or a plugin) with a config and a class:
+
+    @config
+    class Config: ...
+
+    @bench.register("mine")
+    class Mine(Defense[Config]):
+        recipes = {"tiny": Config(...), "fast": Config(...), "paper": Config(...)}
+
+        def build(self, data): ...      # -> nn.Module: pixels in [0,1] to logits
+        def stages(self, data): ...     # -> what is trained, in order
+
+The smallest one is a function, a model with nothing to train:
+
+    @bench.register("mine")
+    def mine(data): return nn.Module...
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import ClassVar, Generic, Literal, TypeVar
+
+import torch
+from torch import Tensor, nn
+from torch.optim import SGD
+
+from bench.config import config
+from bench.data import Dataset
+from bench.errors import UsageError
+from bench.rng import Rng
+from bench.types import Images, Labels
+
+C = TypeVar("C")
+
+#: the mean loss of one batch: `(model, x, y, rng) -> ()`; the model is in train mode
+Loss = Callable[[nn.Module, Images, Labels, Rng], Tensor]
+#: a whole step on one batch, by the paper's own rule: `(model, x, y, rng, optimisers) -> mean loss ()`
+Update = Callable[[nn.Module, Images, Labels, Rng, Sequence[SGD]], Tensor]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Stage:
+    """One stretch of training: a loss, what it moves, and for how long.
+
+    Args:
+        name: what progress and checkpoints call it.
+        loss: the mean loss of a batch, on which one step of SGD is taken; given unless `update` is.
+        update: the one hook for a paper that owns its step (alternating players, replayed batches, moved weights). It
+            zeroes, differentiates and steps the optimisers itself and returns a loss to show.
+        epochs: passes over the training images that are not held out.
+        batch_size: clean images per step.
+        lr, momentum, weight_decay: of SGD; the rate follows a cosine to 0, step by step.
+        warmup: epochs of linear rise before the cosine.
+        groups: what moves, a list of parameters for each optimiser; one list of all of them by default.
+        select: what decides the epoch to keep, measured on held-out training images: clean accuracy, accuracy
+            under PGD-10 at the dataset's radius, or nothing (`last`).
+        ema: decay of an exponential moving average of the weights, which is then what is kept; none by default.
+    """
+
+    name: str
+    loss: Loss | None = None
+    update: Update | None = None
+    epochs: int
+    batch_size: int
+    lr: float
+    momentum: float = 0.9
+    weight_decay: float = 5e-4
+    warmup: float = 0
+    groups: Callable[[nn.Module], Sequence[Sequence[nn.Parameter]]] | None = None
+    select: Literal["clean", "robust", "last"] = "last"
+    ema: float | None = None
+
+    def step(self, model: nn.Module, x: Images, y: Labels, rng: Rng, optimisers: Sequence[SGD]) -> Tensor:
+        """One step on one batch: the paper's own, or the gradient of the loss followed once; the loss."""
+        if self.update is not None:
+            return self.update(model, x, y, rng, optimisers)
+        assert self.loss is not None, f"stage {self.name!r} has neither loss nor update"
+        loss = self.loss(model, x, y, rng)
+        follow(loss, optimisers)
+        return loss
+
+
+def follow(loss: Tensor, optimisers: Sequence[SGD]) -> None:
+    """Steps the optimisers along the gradient of a loss."""
+    for optimiser in optimisers:
+        optimiser.zero_grad(set_to_none=True)
+    # the types of the backward pass follow from the forward pass; autocast has no say in it
+    with torch.autocast(loss.device.type, enabled=False):
+        loss.backward()  # type: ignore[no-untyped-call]
+    for optimiser in optimisers:
+        optimiser.step()
+
+
+class Defense(Generic[C]):
+    """A method: its settings, its network and its training."""
+
+    #: the settings of each recipe: `tiny` (two CPU cores), `fast` (one GPU), `paper`
+    recipes: ClassVar[Mapping[str, object]]
+    #: how the paper's tables call it, for `--published`; None where no paper prints it
+    published_as: ClassVar[str | None] = None
+
+    def __init__(self, config: C) -> None:
+        self.config = config
+
+    def build(self, data: Dataset) -> nn.Module:
+        """The network, untrained: pixels in [0,1] to logits `(b, len(data.classes))`."""
+        raise NotImplementedError
+
+    def stages(self, data: Dataset) -> Sequence[Stage]:
+        """What is trained, in order; nothing by default."""
+        return ()
+
+
+@config
+class NoSettings:
+    """A defense with nothing to set."""
+
+
+class FunctionDefense(Defense[NoSettings]):
+    """A function `data -> nn.Module` as a defense: a model with nothing to train."""
+
+    recipes: ClassVar[Mapping[str, object]] = {recipe: NoSettings() for recipe in ("tiny", "fast", "paper")}
+    function: ClassVar[Callable[[Dataset], nn.Module]]
+
+    @classmethod
+    def of(cls, name: str, function: Callable[[Dataset], nn.Module]) -> type[FunctionDefense]:
+        """The defense class of that function."""
+        return type(name, (cls,), {"function": staticmethod(function), "__doc__": function.__doc__})
+
+    def build(self, data: Dataset) -> nn.Module:
+        """What the function returns.
+
+        Raises:
+            UsageError: it returns no module.
+        """
+        model = type(self).function(data)
+        if not isinstance(model, nn.Module):
+            raise UsageError(
+                f"{type(self).__name__!r} returned a {type(model).__name__}; a registered function must return an nn.Module"
+            )
+        return model

@@ -1,0 +1,82 @@
+"""What mixtures of experts share.
+
+`RoutedModel` is what an adaptive attack on a mixture may ask of it. `Experts` holds several networks of one
+architecture and runs them as one grouped program.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Protocol
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+
+from bench.types import Images
+
+
+class RoutedModel(Protocol):
+    """A mixture: `e` experts, a gate, and what it makes of them; `k` classes."""
+
+    def gate(self, x: Images) -> Tensor:
+        """Scores `(b, e)`, before any softmax."""
+        ...
+
+    def all_outputs(self, x: Images) -> Tensor:
+        """Every expert's logits, `(b, e, k)`."""
+        ...
+
+    def selected(self, x: Images) -> Tensor:
+        """The expert that weighs most, int64 `(b,)`."""
+        ...
+
+
+class Experts(nn.Module):
+    """Several networks of one architecture, side by side.
+
+    Every tensor is the experts' tensors joined along the first dimension, so an expert is a slice of each. All of them
+    run as one network with grouped convolutions; some of them run as a smaller such network over slices.
+
+    Args:
+        make: `make(copies=e)` builds `e` such networks in one, as `baselines.resnet` does.
+        experts: how many.
+    """
+
+    def __init__(self, make: Callable[..., nn.Module], experts: int) -> None:
+        super().__init__()
+        self.make = make
+        self.experts = experts
+        self.net = make(copies=experts)
+        self._smaller: dict[int, nn.Module] = {}
+
+    def forward(self, x: Tensor) -> Tensor:
+        """The same normalised images `(b, c, h, w)` for every expert to logits `(b, e, k)`."""
+        logits: Tensor = self.net(x.repeat(1, self.experts, 1, 1))
+        return logits if self.experts > 1 else logits.unsqueeze(1)
+
+    def some(self, x: Tensor, first: int, last: int) -> Tensor:
+        """Each expert's own images, `(b, m·c, h, w)` for the `m` experts `first … last-1`, to logits `(b, m, k)`."""
+        count = last - first
+        logits: Tensor
+        if count == self.experts:
+            logits = self.net(x)
+        else:
+            logits = functional_call(self._network(count), self.state_of(first, last), (x,))
+        return logits if count > 1 else logits.unsqueeze(1)
+
+    def state_of(self, first: int, last: int) -> dict[str, Tensor]:
+        """The parameters and buffers of some experts, as views into those of all."""
+        tensors = {**dict(self.net.named_parameters()), **dict(self.net.named_buffers())}
+        return {
+            name: tensor
+            if tensor.dim() == 0
+            else tensor.reshape(self.experts, -1, *tensor.shape[1:])[first:last].flatten(0, 1)
+            for name, tensor in tensors.items()
+        }
+
+    def _network(self, count: int) -> nn.Module:
+        if count not in self._smaller:
+            with torch.device("meta"):
+                self._smaller[count] = self.make(copies=count)
+        return self._smaller[count].train(self.training)
