@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import json
 from collections.abc import Mapping
-from fractions import Fraction
 from typing import Annotated, Any, TypeVar
 
 import pydantic
@@ -21,12 +20,16 @@ def number(text: object) -> object:
     """The float that `8/255`, `0.03` or `1e-3` stands for; anything that is not text comes back as it is.
 
     Raises:
-        ValueError: the text is not a number.
+        ValueError: the text is not a number, or it is a truth value.
     """
+    if isinstance(text, bool):
+        # Python counts True as 1, and a radius of True would be the whole box
+        raise ValueError(f"{text!r} is not a number; write 0.03 or 8/255")
     if not isinstance(text, str):
         return text
     try:
-        return float(Fraction(text.replace(" ", ""))) if "/" in text else float(text)
+        above, slash, below = text.partition("/")
+        return float(above) / float(below) if slash else float(above)
     except (ValueError, ZeroDivisionError):
         raise ValueError(f"{text!r} is not a number; write 0.03 or 8/255") from None
 
@@ -35,6 +38,14 @@ def number(text: object) -> object:
 Number = Annotated[float, pydantic.BeforeValidator(number)]
 #: a radius in pixel units of [0,1]: more than 0, at most 1
 Radius = Annotated[Number, pydantic.Field(gt=0, le=1)]
+#: a learning rate: finite and more than 0
+Rate = Annotated[Number, pydantic.Field(gt=0, allow_inf_nan=False)]
+#: a finite number of at least 0, such as a weight decay
+NotNegative = Annotated[Number, pydantic.Field(ge=0, allow_inf_nan=False)]
+#: a whole number of at least 1, such as a batch size
+AtLeastOne = Annotated[int, pydantic.Field(ge=1, strict=True)]
+#: a whole number of at least 0, such as the epochs of a stage that may be left out
+Whole = Annotated[int, pydantic.Field(ge=0, strict=True)]
 
 
 @dataclass_transform(
@@ -52,7 +63,9 @@ def complaint(error: pydantic.ValidationError) -> str:
     message = first["msg"].removeprefix("Value error, ")
     if first["type"] in ("unexpected_keyword_argument", "extra_forbidden"):
         return f"{field}: no such setting"
-    return f"{field}: {message}, got {first.get('input')!r}"
+    given = repr(first.get("input"))
+    said = first["type"] == "value_error" and given in message
+    return f"{field}: {message}" if said else f"{field}: {message}, got {given}"
 
 
 def replaced(settings: T, overrides: Mapping[str, object]) -> T:
@@ -80,13 +93,21 @@ def as_json(settings: object) -> dict[str, Any]:
 
 
 def from_json(cls: type[T], stored: Mapping[str, Any]) -> T:
-    """The settings that `as_json` wrote."""
-    restored: T = pydantic.TypeAdapter(cls).validate_python(dict(stored))
+    """The settings that `as_json` wrote.
+
+    Raises:
+        UsageError: an unknown field or a value of the wrong kind.
+    """
+    try:
+        restored: T = pydantic.TypeAdapter(cls).validate_python(dict(stored))
+    except pydantic.ValidationError as error:
+        raise UsageError(f"bad setting: {complaint(error)}") from None
     return restored
 
 
 def _read(text: str) -> object:
     try:
         return json.loads(text)
-    except json.JSONDecodeError:
+    except (ValueError, RecursionError):
+        # no JSON, or JSON beyond what Python reads; the field's own type says what is wrong with it
         return text

@@ -16,6 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from bench.attacks import mixture as mixtures
 from bench.attacks.autoattack import autoattack
 from bench.attacks.fgsm import sweep
 from bench.attacks.gradient import input_gradient, naming
@@ -25,11 +26,15 @@ from bench.attacks.torchattacks import from_torchattacks
 from bench.data import Split
 from bench.errors import AttackCrash, BenchError, NonFinite, VoidRun
 from bench.fast import Precision, fast
+from bench.moe import Expert, as_mixture
 from bench.plan import Program
 from bench.protocol import Column
 from bench.rng import Rng
 from bench.threat import ThreatModel, threat_model
 from bench.types import Images, Labels, Model
+
+#: how many pixels a CPU takes gradients of in one pass
+PIXELS_AT_ONCE = 65536
 
 
 @dataclass
@@ -91,6 +96,10 @@ class Evaluator:
         self.model = model.to(device).eval().requires_grad_(False)
         self.classes, self.split, self.seed, self.success = classes, split, seed, success
         self.device = torch.device(device)
+        # a CPU is quickest, and lean, where a pass of a layer fits its caches; 64 images of 32×32 are about that
+        h, w = split.images.shape[1:3]
+        self.at_once = max(1, PIXELS_AT_ONCE // (h * w)) if self.device.type == "cpu" else None
+        self.mixture = as_mixture(self.model)
         self.findings: list[str] = []
         x, y = split.batch(slice(0, 8), self.device)
         judge = Judge(self.model, classes, Cost())
@@ -194,6 +203,8 @@ class Evaluator:
             self._fgsm(program, judge, cost, x[rows], y[rows], rows, outcomes)
         elif program.first.family == "pgd":
             self._pgd(program, judge, cost, x, y, index, outcomes)
+        elif program.first.family == "mixture":
+            self._mixture(program, judge, cost, x, y, index, outcomes)
         else:
             (column,) = program.columns
             threat = threat_model(column.norm, column.eps)
@@ -213,7 +224,7 @@ class Evaluator:
         outcomes: dict[str, Outcome],
     ) -> None:
         # one gradient of hundreds: taken from the model itself, so that no rounding of the copy can turn a sign
-        model = Counted(self.model, cost)
+        model = Counted(self.model, cost, self.at_once)
         threats = [threat_model(column.norm, column.eps) for column in program.columns]
         found = sweep(model, x, y, threats, loss=LOSSES[program.first.loss], eot=program.first.eot)
         with naming(rows):
@@ -232,7 +243,7 @@ class Evaluator:
     ) -> None:
         first = program.first
         threat = threat_model(first.norm, first.eps)
-        model = Counted(self.gradient_model, cost)
+        model = Counted(self.gradient_model, cost, self.at_once)
         for restart in range(program.restarts):
             wanted = [column for column in program.columns if column.restarts > restart]
             standing = torch.stack([outcomes[column.name].robust for column in wanted]).any(0)
@@ -282,6 +293,82 @@ class Evaluator:
                     for column in wanted:
                         if column.steps == step:
                             settle(outcomes[column.name], rows, prediction, y[rows], restart)
+
+    def _mixture(
+        self,
+        program: Program,
+        judge: Judge,
+        cost: Cost,
+        x: Images,
+        y: Labels,
+        index: np.ndarray,
+        outcomes: dict[str, Outcome],
+    ) -> None:
+        assert self.mixture is not None
+        (column,) = (c for c in program.columns if not c.diagnostic)
+        outcome = outcomes[column.name]
+        bound = next((outcomes[c.name] for c in program.columns if c.diagnostic), None)
+        experts = [
+            Judge(Expert(self.mixture, k), self.classes, cost) for k in range(self.mixture.experts_count)
+        ]
+        if bound is not None:
+            # an expert's errors are its own, whatever the mixture makes of them
+            bound.robust = torch.stack([expert(x, x, None) == y for expert in experts]).all(0)
+            bound.restart = torch.where(bound.robust, -1, 0)
+        threat = threat_model(column.norm, column.eps)
+        for restart in range(column.restarts):
+            for run in mixtures.runs(column.attack, self.mixture):
+                standing = outcome.robust if bound is None else outcome.robust | bound.robust
+                rows = standing.nonzero().flatten()
+                rng = Rng(
+                    self.seed, column.name, run.name, restart, images=index[rows.cpu().numpy()].tolist()
+                )
+                here = threat.random_start(x[rows], rng.at("start"))
+                if run.serves is not None and len(rows):
+                    chosen = run.serves(here)
+                    rows, here, rng = rows[chosen], here[chosen], rng.take(chosen)
+                if len(rows) == 0:
+                    continue
+
+                def witness(
+                    step: int,
+                    which: Tensor,
+                    x_adv: Images,
+                    rows: Tensor = rows,
+                    restart: int = restart,
+                    expert: int | None = run.expert,
+                ) -> Tensor:
+                    at = rows[which]
+                    with naming(which):
+                        prediction = judge(x_adv, x[at], threat)
+                        settle(outcome, at, prediction, y[at], restart, only_broken=True)
+                        if expert is None:
+                            return prediction != y[at]
+                        own = experts[expert](x_adv, x[at], threat)
+                    if bound is not None:
+                        settle(bound, at, own, y[at], restart, only_broken=True)
+                    return own != y[at]
+
+                left = column.steps
+                for aim in run.aims:
+                    steps = left if aim is run.aims[-1] else max(1, round(aim.share * column.steps))
+                    left -= steps
+                    ends = trajectory(
+                        Counted(aim.output, cost, self.at_once),
+                        x[rows],
+                        y[rows],
+                        threat,
+                        rng=rng,
+                        milestones=[steps],
+                        loss=aim.loss,
+                        step_size=column.step_size,
+                        start=here,
+                        witness=witness,
+                        wrong=aim.wrong,
+                    )
+                    with naming(rows):
+                        ((_, here),) = ends
+                        witness(steps, torch.arange(len(rows), device=x.device), here)
 
 
 class Judge:
@@ -373,9 +460,9 @@ def library_attack(
 class Counted(nn.Module):
     """The model that gradients come from, counting the images passed through it."""
 
-    def __init__(self, model: Model, cost: Cost) -> None:
+    def __init__(self, model: Model, cost: Cost, at_once: int | None = None) -> None:
         super().__init__()
-        self.model, self.cost = model, cost
+        self.model, self.cost, self.at_once = model, cost, at_once
         self.eval()
 
     def forward(self, x: Images) -> Tensor:

@@ -223,7 +223,9 @@ def _outcomes(record: Record) -> tuple[NDArray[np.int64], NDArray[np.bool_]]:
         matrix[order[codes], places] = table["robust"].to_numpy()
     if not (whole and seen.all()):
         raise UsageError(f"{record._folder} lacks outcomes of some images; delete it and run again")
-    matrix[-1] = matrix[:-1].all(0)
+    # what a diagnostic tells is not the deployed model's robustness
+    counts = [place for place, column in enumerate(record.columns) if not column.diagnostic]
+    matrix[-1] = matrix[counts].all(0)
     return np.asarray(images, dtype=np.int64), matrix
 
 

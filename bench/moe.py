@@ -7,7 +7,7 @@ architecture and runs them as one grouped program.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Protocol
+from typing import Protocol, cast
 
 import torch
 from torch import Tensor, nn
@@ -17,7 +17,14 @@ from bench.types import Images
 
 
 class RoutedModel(Protocol):
-    """A mixture: `e` experts, a gate, and what it makes of them; `k` classes."""
+    """A mixture: `e` experts, a gate, and what it makes of them; `k` classes.
+
+    A soft one answers with the mean of its experts' logits, weighed by the softmax of the scores; a hard one with the
+    logits of the selected expert alone.
+    """
+
+    soft: bool
+    experts_count: int
 
     def gate(self, x: Images) -> Tensor:
         """Scores `(b, e)`, before any softmax."""
@@ -30,6 +37,24 @@ class RoutedModel(Protocol):
     def selected(self, x: Images) -> Tensor:
         """The expert that weighs most, int64 `(b,)`."""
         ...
+
+
+def as_mixture(model: object) -> RoutedModel | None:
+    """The model as a mixture; None if it is none."""
+    names = ("gate", "all_outputs", "selected", "soft", "experts_count")
+    return cast(RoutedModel, model) if all(hasattr(model, name) for name in names) else None
+
+
+class Expert(nn.Module):
+    """One expert of a mixture as a model of its own."""
+
+    def __init__(self, mixture: RoutedModel, expert: int) -> None:
+        super().__init__()
+        self.mixture, self.expert = mixture, expert
+
+    def forward(self, x: Images) -> Tensor:
+        """Pixels `(b, c, h, w)` to that expert's logits `(b, k)`."""
+        return self.mixture.all_outputs(x)[:, self.expert]
 
 
 class Experts(nn.Module):

@@ -11,6 +11,7 @@ import ast
 import dataclasses
 import hashlib
 import inspect
+import io
 import json
 import platform
 import subprocess
@@ -21,6 +22,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import pyarrow.parquet as pq
 import torch
 from torch import nn
 
@@ -36,10 +38,11 @@ from bench.defense import Defense
 from bench.errors import BenchError, CheckpointError, Interrupted, UsageError
 from bench.evaluate import Batch, Cost, Evaluator
 from bench.fast import Precision
+from bench.moe import RoutedModel, as_mixture
 from bench.parts import Parts
 from bench.plan import Program, explain, plan
 from bench.progress import duration, progress
-from bench.protocol import Column, Protocol
+from bench.protocol import BOUND, Column, Mixture, Protocol
 from bench.record import Asked, ProgramRecord, Record, Training, Where
 from bench.threat import threat_model
 from bench.train import estimate, initial, train
@@ -240,9 +243,8 @@ def explain_session(session: Session) -> str:
         evaluator = _evaluator(session, model, 0, session.protocols[0])
         n = _samples(session)
         for protocol in session.protocols:
-            programs = plan(
-                protocol.columns(protocol.radius(session.data.eps, session.eps)), random=evaluator.random
-            )
+            columns = _columns(protocol, protocol.radius(session.data.eps, session.eps), model)
+            programs = plan(columns, random=evaluator.random)
             lines.append(f"{job.name} on {session.data.name}, {n} images, protocol {protocol.name}:")
             lines.append(explain(programs, protocol.success))
             low, high = evaluator.estimate(programs, n, session.batch_size)
@@ -309,7 +311,7 @@ def evaluate(session: Session, job: Job, seed: int, weights: Weights, protocol: 
     """One defense under one protocol: the finished record, or the outcomes that make it."""
     data, n = session.data, _samples(session)
     radius = protocol.radius(data.eps, session.eps)
-    columns = protocol.columns(radius)
+    columns = _columns(protocol, radius, weights.model)
     asked = Asked(
         dataset=data.name,
         data_hash=data.test.hash,
@@ -346,7 +348,7 @@ def evaluate(session: Session, job: Job, seed: int, weights: Weights, protocol: 
         where=_where(session.device, started, time.perf_counter() - began),
         published_as=job.kind.published_as,
         footnotes=protocol.footnotes,
-        findings=[*weights.findings, *evaluator.findings],
+        findings=[*weights.findings, *evaluator.findings, *sandwich(outcomes, columns, evaluator.mixture)],
         outcomes_sha256=hashlib.sha256(outcomes).hexdigest(),
     )
     records.finish(folder, record, outcomes)
@@ -354,6 +356,39 @@ def evaluate(session: Session, job: Job, seed: int, weights: Weights, protocol: 
     again = records.read(folder)
     assert again is not None
     return again
+
+
+def sandwich(outcomes: bytes, columns: Sequence[Column], mixture: RoutedModel | None) -> list[str]:
+    """What a mixture's outcomes say of the attacks on it.
+
+    RA(all experts hold) ≤ RA(deployed) ≤ RA(gate frozen). The right half holds by counting worst cases. The left one is
+    a check: where the mixture falls an expert has fallen, and if the attack on the experts found none it was too weak.
+    """
+    if mixture is None:
+        return []
+    names = [column.name for column in columns]
+    if BOUND not in names:
+        if mixture.soft:
+            return []
+        return [
+            "hard routing, and no attack that knows of it: gradients do not see the gate; ask for --protocol adaptive"
+        ]
+    table = pq.read_table(io.BytesIO(outcomes), columns=["index", "column", "robust"]).to_pandas()
+    robust = table.pivot(index="index", columns="column", values="robust")
+    counted = [column.name for column in columns if not column.diagnostic]
+    missed = int((robust[BOUND] & ~robust[counted].all(axis=1)).sum())
+    if missed == 0:
+        return []
+    return [
+        f"under-optimised: {missed} of {len(robust)} images fool the mixture though every expert survived the attack on it alone"
+    ]
+
+
+def _columns(protocol: Protocol, radius: float, model: nn.Module) -> list[Column]:
+    """The protocol's columns for this model: a mixture is asked more."""
+    mixture = as_mixture(model)
+    kind: Mixture | None = None if mixture is None else "soft" if mixture.soft else "hard"
+    return protocol.columns(radius, kind, legacy=hasattr(model, "legacy_aims"))
 
 
 def _attack_all(

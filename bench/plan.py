@@ -14,7 +14,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from bench.protocol import Column
+from bench.protocol import BOUND, Column
+
+#: the families whose passes are counted beforehand
+OURS = ("clean", "fgsm", "pgd")
 
 
 @dataclass(frozen=True)
@@ -42,6 +45,9 @@ class Program:
         """Forward-backward passes per image: at least (it falls to the first start), and at most (it never falls)."""
         if self.first.family == "fgsm":
             return self.first.eot, self.first.eot
+        if self.first.family == "mixture":
+            # how many runs there are the mixture's size decides; one is the least
+            return 0, self.first.steps
         if self.first.family == "pgd":
             runs = [max(self.milestones(restart)) * self.first.eot for restart in range(self.restarts)]
             return runs[0], sum(runs)
@@ -78,6 +84,9 @@ def _computation(column: Column, random: bool) -> tuple[object, ...]:
     if c.family == "pgd":
         own = (c.attack,) if random else ()
         return (c.family, c.norm, c.eps, c.step_size, c.loss, c.eot, c.random_start, *own)
+    if c.family == "mixture":
+        # attacking each expert alone answers both what that does to the mixture and whether all experts hold
+        return (c.family, "per-expert" if c.name == BOUND else c.name)
     return (c.family, c.name)
 
 
@@ -91,7 +100,8 @@ def explain(programs: Sequence[Program], success: str) -> str:
         g, f = program.gradients(), program.forwards()
         if success == "any" and program.first.family == "pgd":
             g = (0, g[1])
-        low, high = low + g[0], high + g[1]
+        if program.first.family in OURS:
+            low, high = low + g[0], high + g[1]
         asked += sum(
             c.steps * c.restarts * c.eot if c.family == "pgd" else c.eot
             for c in program.columns
@@ -99,8 +109,9 @@ def explain(programs: Sequence[Program], success: str) -> str:
         )
         names = [column.name for column in program.columns]
         shown = ", ".join(names) if len(names) <= 4 else f"{names[0]} … {names[-1]} ({len(names)})"
-        known = program.first.family in ("clean", "fgsm", "pgd")
-        lines.append(f"{program.name:24} {_span(g) if known else 'its own':>11} {_span(f):>9}  {shown}")
+        family = program.first.family
+        cost = f"{g[1]} a run" if family == "mixture" else _span(g) if family in OURS else "its own"
+        lines.append(f"{program.name:24} {cost:>11} {_span(f):>9}  {shown}")
     lines.append(
         f"{'together':24} {_span((low, high)):>11} {'':>9}  per image; one by one they would be {asked}"
     )

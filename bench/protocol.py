@@ -15,6 +15,7 @@ A clean column stands first in every protocol and need not be written.
 
 from __future__ import annotations
 
+import dataclasses
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -36,6 +37,13 @@ else:
 
 #: attacks that are PGD with other words
 PGD_FAMILY = ("pgd", "ms-pgd", "a-pgd")
+#: what `adaptive` stands for on a mixture with a hard gate, and on one with a soft gate
+HARD = ("frozen-gate", "soft-gate", "per-route", "all-experts", "sticky", "per-expert")
+SOFT = ("frozen-gate", "all-experts", "per-expert")
+#: the column that says which images every expert holds under its own attack
+BOUND = "every-expert"
+
+Mixture = Literal["hard", "soft"]
 
 Steps = Annotated[int, Field(ge=1)]
 
@@ -74,7 +82,7 @@ class ColumnSpec(BaseModel):
 
     @pydantic.model_validator(mode="after")
     def _fits(self) -> ColumnSpec:
-        iterated = self.attack in PGD_FAMILY
+        iterated = self.attack in (*PGD_FAMILY, "adaptive")
         if iterated and self.steps is None:
             raise ValueError(f"{self.attack} needs steps, such as steps = 10")
         if not iterated:
@@ -102,7 +110,7 @@ class Column:
     attack: str
     """as tables print it"""
     family: str
-    """what runs it: `clean`, `fgsm`, `pgd`, `autoattack` or `torchattacks:NAME`"""
+    """what runs it: `clean`, `fgsm`, `pgd`, `mixture`, `autoattack` or `torchattacks:NAME`"""
     norm: str = "Linf"
     eps: float = 0.0
     steps: int = 0
@@ -112,12 +120,13 @@ class Column:
     loss: str = "ce"
     random_start: bool = True
     settings: dict[str, Any] = field(default_factory=dict, hash=False)
+    diagnostic: bool = False
 
     def record(self) -> ColumnRecord:
         """The column as records store it: what does not apply is left out."""
         if self.family == "clean":
             return ColumnRecord(name=self.name, attack=self.attack)
-        iterated = self.family == "pgd"
+        iterated = self.family in ("pgd", "mixture")
         return ColumnRecord(
             name=self.name,
             attack=self.attack,
@@ -129,6 +138,7 @@ class Column:
             eot=self.eot if iterated or self.family == "fgsm" else None,
             loss=self.loss if iterated or self.family == "fgsm" else None,
             settings=self.settings,
+            diagnostic=self.diagnostic,
         )
 
 
@@ -159,8 +169,13 @@ class Protocol(BaseModel):
             return override
         return dataset_eps if isinstance(self.eps, str) else self.eps
 
-    def columns(self, radius: float) -> list[Column]:
+    def columns(self, radius: float, mixture: Mixture | None = None, legacy: bool = False) -> list[Column]:
         """Every column, `clean` first, at this radius.
+
+        Args:
+            radius: in pixel units.
+            mixture: how the model routes, if it is a mixture; `adaptive` asks nothing of any other model.
+            legacy: whether its authors' own loss is known.
 
         Raises:
             ProtocolError: two columns are the same question.
@@ -168,6 +183,9 @@ class Protocol(BaseModel):
         columns = [Column(name="clean", attack="clean", family="clean")]
         for spec in self.specs:
             if spec.attack == "clean":
+                continue
+            if spec.attack == "adaptive":
+                columns += self._adaptive(spec, radius, mixture, legacy)
                 continue
             for eps in spec.eps if isinstance(spec.eps, list) else [spec.eps]:
                 for steps in spec.steps if isinstance(spec.steps, list) else [spec.steps]:
@@ -177,6 +195,20 @@ class Protocol(BaseModel):
             if names.count(name) > 1:
                 raise ProtocolError(f"protocol {self.name!r} asks for {name!r} twice; leave one out")
         return columns
+
+    def _adaptive(
+        self, spec: ColumnSpec, radius: float, mixture: Mixture | None, legacy: bool
+    ) -> list[Column]:
+        if mixture is None:
+            return []
+        known = {"hard": HARD, "soft": SOFT}[mixture] + (("legacy",) if legacy else ())
+        one = self._column(
+            spec, None, spec.steps if isinstance(spec.steps, int) else max(spec.steps or [1]), radius
+        )
+        return [
+            dataclasses.replace(one, name=name, attack=name, family="mixture", diagnostic=name == BOUND)
+            for name in (*known, BOUND)
+        ]
 
     def _column(self, spec: ColumnSpec, eps: float | None, steps: int | None, radius: float) -> Column:
         at = radius if eps is None else eps

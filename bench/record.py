@@ -75,6 +75,8 @@ class ColumnRecord(BaseModel):
     loss: str | None = None
     settings: dict[str, Any] = {}
     """whatever else the attack was given"""
+    diagnostic: bool = False
+    """whether it tells something other than the deployed model's robustness, and so counts for no worst case"""
 
 
 class ProgramRecord(BaseModel):

@@ -27,8 +27,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import partial
+from typing import Annotated
 
 import torch
+from pydantic import Field
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -36,9 +38,10 @@ from baselines.resnet import resnet18
 from bench.attacks.fgsm import fgsm
 from bench.attacks.gradient import input_gradient
 from bench.attacks.pgd import pgd
-from bench.config import Radius, config
+from bench.config import AtLeastOne, NotNegative, Radius, Rate, Whole, config
 from bench.data import Dataset
 from bench.defense import Defense, Stage
+from bench.errors import UsageError
 from bench.model import Normalize, evaluating
 from bench.moe import Experts
 from bench.registry import register
@@ -46,45 +49,52 @@ from bench.rng import Rng
 from bench.threat import Linf
 from bench.types import Images, Labels, Logits
 
+#: what a batch's radius, or its number of steps, is drawn from
+Radii = Annotated[tuple[Radius, ...], Field(min_length=1)]
+StepCounts = Annotated[tuple[AtLeastOne, ...], Field(min_length=1)]
+
 
 @config
 class Config:
     """Radii and `step_size` in pixel units; `eps` is PGD's, by default the dataset's, `step_size` a quarter of it."""
 
-    benign: int = 1
-    fgsm: int = 4
-    pgd: int = 4
-    width: int = 64
-    gate_width: int = 128
-    fgsm_eps: tuple[Radius, ...] = (0.01, 0.02, 0.03, 0.04, 0.05, 0.06, 0.07, 0.08, 0.09)
-    pgd_steps: tuple[int, ...] = (10, 20, 30, 40, 50)
+    benign: Whole = 1
+    fgsm: Whole = 4
+    pgd: Whole = 4
+    width: AtLeastOne = 64
+    gate_width: AtLeastOne = 128
+    fgsm_eps: Radii = (0.01, 0.02, 0.03, 0.04, 0.05, 0.06, 0.07, 0.08, 0.09)
+    pgd_steps: StepCounts = (10, 20, 30, 40, 50)
     eps: Radius | None = None
     step_size: Radius | None = None
-    expert_epochs: int = 200
-    expert_lr: float = 0.1
-    joint_epochs: int = 100
-    joint_lr: float = 0.01
-    batch_size: int = 128
-    weight_decay: float = 5e-4
+    expert_epochs: Whole = 200
+    expert_lr: Rate = 0.1
+    joint_epochs: Whole = 100
+    joint_lr: Rate = 0.01
+    batch_size: AtLeastOne = 128
+    weight_decay: NotNegative = 5e-4
 
 
 class Mixture(nn.Module):
     """The nine experts and their gate; pixels to logits."""
 
+    soft = True
+
     def __init__(self, config: Config, data: Dataset) -> None:
         super().__init__()
         channels = data.shape[0]
+        self.experts_count = config.benign + config.fgsm + config.pgd
         self.normalize = Normalize(data.mean, data.std)
         self.experts = Experts(
             partial(resnet18, channels=channels, classes=len(data.classes), width=config.width),
-            config.benign + config.fgsm + config.pgd,
+            self.experts_count,
         )
         self.gating = nn.Sequential(
             nn.AdaptiveAvgPool2d(8),
             nn.Flatten(),
             nn.Linear(64 * channels, config.gate_width),
             nn.ReLU(),
-            nn.Linear(config.gate_width, self.experts.experts),
+            nn.Linear(config.gate_width, self.experts_count),
         )
 
     def forward(self, x: Images) -> Logits:
@@ -127,7 +137,14 @@ class DWF(Defense[Config]):
     published_as = "DWF"
 
     def build(self, data: Dataset) -> Mixture:
-        """The mixture, untrained."""
+        """The mixture, untrained.
+
+        Raises:
+            UsageError: there is no expert.
+        """
+        c = self.config
+        if c.benign + c.fgsm + c.pgd == 0:
+            raise UsageError("a mixture needs an expert; set at least one of benign, fgsm and pgd above 0")
         return Mixture(self.config, data)
 
     def stages(self, data: Dataset) -> Sequence[Stage]:

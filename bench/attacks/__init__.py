@@ -34,6 +34,7 @@ NAMES = {
     "pgd": "projected gradient ascent from a random start (Madry et al. 2018)",
     "ms-pgd": "pgd from several random starts; an image must survive them all",
     "a-pgd": "pgd whose gradient is averaged over `eot` passes through the full model",
+    "adaptive": "everything that `bench.attacks.mixture` knows against a mixture; nothing on other models",
     "autoattack": "APGD-CE, APGD-T, FAB-T and Square in turn (Croce and Hein 2020), by their authors' code",
     "torchattacks:": "any attack of the torchattacks library, by its class name",
 }

@@ -19,34 +19,46 @@ def input_gradient(
     """The gradient at `x`, shaped like it, and the logits `(b, k)` found on the way.
 
     With `eot` > 1 both are means over that many passes (expectation over transformation, Athalye et al. 2018): the
-    gradient of a random model's expected loss.
+    gradient of a random model's expected loss. A model with an attribute `at_once` is given that many images at a
+    time, which bounds memory and changes nothing else, images being independent.
 
     Raises:
         NonFinite: a logit or a gradient is NaN or infinite.
         VoidRun: the model's output does not depend differentiably on its input.
     """
-    gradient, mean_logits = torch.zeros_like(x), None
-    for _ in range(eot):
-        with torch.enable_grad():
-            point = x.detach().requires_grad_(True)
-            logits = model(point)
-            total = loss(logits, y).sum()
-        if not total.requires_grad:
-            raise VoidRun(
-                "the model's logits carry no gradient to its input (a no_grad or detach inside?); gradient attacks would see nothing"
-            )
-        (found,) = torch.autograd.grad(total, point, allow_unused=True)
-        if found is None:
-            raise VoidRun("the model's logits do not depend on its input")
-        gradient += found / eot
-        part = logits.detach() / eot
-        mean_logits = part if mean_logits is None else mean_logits + part
-    assert mean_logits is not None, f"eot must be at least 1, not {eot}"
-    for what, values in (("logits", mean_logits), ("gradients", gradient)):
+    assert eot >= 1, f"eot must be at least 1, not {eot}"
+    at_once = getattr(model, "at_once", None) or len(x)
+    found = [
+        _mean([_one_pass(model, some, labels, loss) for _ in range(eot)])
+        for some, labels in zip(torch.split(x, at_once), torch.split(y, at_once), strict=True)
+    ]
+    gradient, logits = torch.cat([g for g, _ in found]), torch.cat([z for _, z in found])
+    for what, values in (("logits", logits), ("gradients", gradient)):
         finite = values.flatten(1).isfinite().all(1)
         if not finite.all():
             raise NonFinite(what, (~finite).nonzero().flatten().tolist())
-    return gradient, mean_logits
+    return gradient, logits
+
+
+def _one_pass(model: Model, x: Images, y: Labels, loss: AttackLoss) -> tuple[Tensor, Logits]:
+    with torch.enable_grad():
+        point = x.detach().requires_grad_(True)
+        logits = model(point)
+        total = loss(logits, y).sum()
+    if not total.requires_grad:
+        raise VoidRun(
+            "the model's logits carry no gradient to its input (a no_grad or detach inside?); gradient attacks would see nothing"
+        )
+    (gradient,) = torch.autograd.grad(total, point, allow_unused=True)
+    if gradient is None:
+        raise VoidRun("the model's logits do not depend on its input")
+    return gradient, logits.detach()
+
+
+def _mean(passes: list[tuple[Tensor, Logits]]) -> tuple[Tensor, Logits]:
+    if len(passes) == 1:
+        return passes[0]
+    return torch.stack([g for g, _ in passes]).mean(0), torch.stack([z for _, z in passes]).mean(0)
 
 
 @contextmanager
