@@ -20,6 +20,7 @@ The smallest one is a function, a model with nothing to train:
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import ClassVar, Generic, Literal, TypeVar
@@ -59,6 +60,9 @@ class Stage:
         select: what decides the epoch to keep, measured on held-out training images: clean accuracy, accuracy
             under PGD-10 at the dataset's radius, or nothing (`last`).
         ema: decay of an exponential moving average of the weights, which is then what is kept; none by default.
+
+    Raises:
+        UsageError: a number is out of its range, or not one of `loss` and `update` is given.
     """
 
     name: str
@@ -74,13 +78,43 @@ class Stage:
     select: Literal["clean", "robust", "last"] = "last"
     ema: float | None = None
 
+    def __post_init__(self) -> None:
+        for holds, needed in (
+            ((self.loss is None) != (self.update is None), "either a loss or an update"),
+            (self.epochs >= 0, f"epochs of at least 0, not {self.epochs}"),
+            (self.batch_size >= 1, f"a batch_size of at least 1, not {self.batch_size}"),
+            (0 < self.lr < math.inf, f"an lr above 0, not {self.lr}"),
+            (0 <= self.momentum < 1, f"a momentum from 0 to below 1, not {self.momentum}"),
+            (0 <= self.weight_decay < math.inf, f"a weight_decay of at least 0, not {self.weight_decay}"),
+            (0 <= self.warmup < math.inf, f"a warmup of at least 0 epochs, not {self.warmup}"),
+            (self.ema is None or 0 <= self.ema < 1, f"an ema from 0 to below 1, not {self.ema}"),
+            (
+                self.select in ("clean", "robust", "last"),
+                f"select to be clean, robust or last, not {self.select!r}",
+            ),
+        ):
+            if not holds:
+                raise UsageError(f"stage {self.name!r} needs {needed}")
+
     def step(self, model: nn.Module, x: Images, y: Labels, rng: Rng, optimisers: Sequence[SGD]) -> Tensor:
-        """One step on one batch: the paper's own, or the gradient of the loss followed once; the loss."""
+        """One step on one batch: the paper's own, or the gradient of the loss followed once; the loss.
+
+        Raises:
+            UsageError: the loss is not one number.
+        """
         if self.update is not None:
-            return self.update(model, x, y, rng, optimisers)
-        assert self.loss is not None, f"stage {self.name!r} has neither loss nor update"
-        loss = self.loss(model, x, y, rng)
+            return self._one_number(self.update(model, x, y, rng, optimisers))
+        assert self.loss is not None
+        loss = self._one_number(self.loss(model, x, y, rng))
         follow(loss, optimisers)
+        return loss
+
+    def _one_number(self, loss: Tensor) -> Tensor:
+        if not isinstance(loss, Tensor) or loss.shape != ():
+            what = f"shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else f"a {type(loss).__name__}"
+            raise UsageError(
+                f"stage {self.name!r} must return its mean loss as a tensor of shape (), not {what}"
+            )
         return loss
 
 
@@ -99,7 +133,7 @@ class Defense(Generic[C]):
     """A method: its settings, its network and its training."""
 
     #: the settings of each recipe: `tiny` (two CPU cores), `fast` (one GPU), `paper`
-    recipes: ClassVar[Mapping[str, object]]
+    recipes: ClassVar[Mapping[str, object]] = {}
     #: how the paper's tables call it, for `--published`; None where no paper prints it
     published_as: ClassVar[str | None] = None
 

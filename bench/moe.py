@@ -12,8 +12,9 @@ from typing import Protocol, cast
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
+from torch.nn import functional as F
 
-from bench.types import Images
+from bench.types import Images, Labels
 
 
 class RoutedModel(Protocol):
@@ -105,3 +106,9 @@ class Experts(nn.Module):
             with torch.device("meta"):
                 self._smaller[count] = self.make(copies=count)
         return self._smaller[count].train(self.training)
+
+
+def each_loss(logits: Tensor, y: Labels) -> Tensor:
+    """Every expert's cross-entropy: logits `(b, e, k)` and labels `(b,)` to `(b, e)`."""
+    labels = y[:, None].expand(-1, logits.shape[1])
+    return F.cross_entropy(logits.flatten(0, 1), labels.flatten(), reduction="none").view(labels.shape)

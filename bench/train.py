@@ -15,7 +15,7 @@ import signal
 import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -68,7 +68,7 @@ class Trained:
 
 def initial(defense: Defense[Any], data: Dataset, seed: int) -> nn.Module:
     """The untrained network; its weights are a function of the seed alone."""
-    with torch.random.fork_rng():
+    with torch.random.fork_rng(devices=_generators()):
         torch.manual_seed(Rng(seed, "init").seed())
         return defense.build(data)
 
@@ -106,7 +106,7 @@ def train(
         return Trained(model, [], 0.0)
     state = _read(folder / "state.pt", model)
     kept, held = hold_out(data.train, data.classes)
-    with stopping() as stop, torch.random.fork_rng(devices=_generators(device)):
+    with stopping() as stop, torch.random.fork_rng(devices=_generators()):
         for number in range(state.stage, len(stages)):
             _train_stage(
                 number,
@@ -148,13 +148,11 @@ def _train_stage(
         torch.optim.SGD(group, lr=stage.lr, momentum=stage.momentum, weight_decay=stage.weight_decay)
         for group in groups
     ]
-    for optimiser, kept_state in zip(optimisers, state.optimisers, strict=bool(state.optimisers)):
-        optimiser.load_state_dict(kept_state)
+    if state.optimisers:
+        _restore(optimisers, state.optimisers, folder / "state.pt")
     average = _Average(model, stage.ema, state.average) if stage.ema is not None else None
     batches = len(kept) // stage.batch_size if len(kept) >= stage.batch_size else 1
-    autocast = (
-        torch.autocast(torch.device(device).type, torch.bfloat16) if precision == "bf16" else nullcontext()
-    )
+    autocast = _autocast(device, precision)
     total, done = stage.epochs * batches, state.epoch * batches + state.step
     began = time.monotonic() - state.seconds
 
@@ -175,10 +173,10 @@ def _train_stage(
                 rng = Rng(seed, "train", number, epoch, step)
                 x, y = kept.batch(order[step * stage.batch_size : (step + 1) * stage.batch_size], device)
                 x = augment(x, data, rng.at("augment")).contiguous(memory_format=torch.channels_last)
-                for group in optimiser.param_groups:
-                    group["lr"] = stage.lr * rate(
-                        epoch * batches + step, total, round(stage.warmup * batches)
-                    )
+                lr = stage.lr * rate(epoch * batches + step, total, round(stage.warmup * batches))
+                for optimiser in optimisers:
+                    for group in optimiser.param_groups:
+                        group["lr"] = lr
                 # layers that draw from the global generator, such as dropout, are addressed too
                 torch.manual_seed(rng.at("global").seed())
                 with autocast:
@@ -305,7 +303,10 @@ class _Average:
 
     def __init__(self, model: nn.Module, decay: float, state: Mapping[str, Tensor]) -> None:
         self.decay = decay
-        self.state = {key: value.clone() for key, value in (state or model.state_dict()).items()}
+        self.state = {key: value.clone() for key, value in model.state_dict().items()}
+        for key, value in state.items():
+            # copied, so that it lies where the model lies
+            self.state[key].copy_(value)
 
     def update(self, model: nn.Module) -> None:
         for key, value in model.state_dict().items():
@@ -338,7 +339,8 @@ def stopping() -> Iterator[threading.Event]:
         yield asked
     finally:
         for number, handler in before.items():
-            signal.signal(number, handler)
+            # a handler that was not set from Python is not told, and cannot be put back
+            signal.signal(number, signal.SIG_DFL if handler is None else handler)
 
 
 def _write(path: Path, state: State) -> None:
@@ -357,7 +359,12 @@ def _read(path: Path, model: nn.Module) -> State:
         raise CheckpointError(f"cannot read {path}: {error.strerror}") from None
     if hashlib.sha256(raw[64:]).hexdigest().encode() != raw[:64]:
         raise CheckpointError(f"{path} is damaged; delete it to train from the start")
-    state = State(**torch.load(io.BytesIO(raw[64:]), map_location="cpu", weights_only=True))
+    try:
+        state = State(**torch.load(io.BytesIO(raw[64:]), map_location="cpu", weights_only=True))
+    except TypeError:
+        raise CheckpointError(
+            f"{path} was written by another version; delete it to train from the start"
+        ) from None
     try:
         model.load_state_dict(state.model)
     except RuntimeError:
@@ -367,29 +374,50 @@ def _read(path: Path, model: nn.Module) -> State:
     return state
 
 
-def _generators(device: torch.device | str) -> list[torch.device]:
-    return [torch.device(device)] if torch.device(device).type == "cuda" else []
+def _restore(optimisers: Sequence[torch.optim.SGD], kept: Sequence[dict[str, Any]], path: Path) -> None:
+    try:
+        for optimiser, state in zip(optimisers, kept, strict=True):
+            optimiser.load_state_dict(state)
+    except ValueError:
+        raise CheckpointError(
+            f"{path} belongs to a training of other parameters; delete it to train from the start"
+        ) from None
+
+
+def _autocast(device: torch.device | str, precision: Precision) -> AbstractContextManager[object]:
+    if precision == "fp32":
+        return nullcontext()
+    # without the cache: it would keep the weights of before an optimiser's step for what a stage computes after it
+    return torch.autocast(torch.device(device).type, torch.bfloat16, cache_enabled=False)
+
+
+def _generators() -> Sequence[int]:
+    """The GPUs whose generators a seed would change: all of them, or none while nobody has used one."""
+    used = torch.cuda.is_initialized()  # type: ignore[no-untyped-call]
+    return range(torch.cuda.device_count()) if used else ()
 
 
 def estimate(
     defense: Defense[Any], data: Dataset, *, device: torch.device | str, precision: Precision
 ) -> float:
-    """Seconds that training will take, from one small step of each stage."""
+    """Seconds that training will take, from one small step of each stage; on a GPU from the second of two whole ones."""
     model = initial(defense, data, 0).to(device).to(memory_format=torch.channels_last).train()
     seconds = 0.0
-    autocast = (
-        torch.autocast(torch.device(device).type, torch.bfloat16) if precision == "bf16" else nullcontext()
-    )
-    few = 16
-    with torch.random.fork_rng(devices=_generators(device)):
-        x, y = data.train.batch(slice(0, few), device)
+    autocast = _autocast(device, precision)
+    gpu = torch.device(device).type == "cuda"
+    with torch.random.fork_rng(devices=_generators()):
         for number, stage in enumerate(defense.stages(data)):
-            started = time.perf_counter()
+            x, y = data.train.batch(slice(0, stage.batch_size if gpu else 16), device)
             still = [
                 torch.optim.SGD(group, lr=0.0)
                 for group in (stage.groups(model) if stage.groups else [model.parameters()])
             ]
-            with autocast:
-                stage.step(model, x, y, Rng(0, "estimate", number), still)
+            # a GPU's first step of a kind spends seconds on choosing its programs
+            for _ in range(2 if gpu else 1):
+                started = time.perf_counter()
+                with autocast:
+                    loss = stage.step(model, x, y, Rng(0, "estimate", number), still)
+                # waits until the device has done what it was told
+                loss.item()
             seconds += (time.perf_counter() - started) / len(x) * stage.epochs * len(data.train)
     return seconds

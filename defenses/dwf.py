@@ -43,7 +43,7 @@ from bench.data import Dataset
 from bench.defense import Defense, Stage
 from bench.errors import UsageError
 from bench.model import Normalize, evaluating
-from bench.moe import Experts
+from bench.moe import Experts, each_loss
 from bench.registry import register
 from bench.rng import Rng
 from bench.threat import Linf
@@ -157,7 +157,7 @@ class DWF(Defense[Config]):
             images = own_images(model, x, y, c, threat, rng)
             logits = model.own_outputs(images, 0, model.experts.experts)
             # experts share no weight, so the sum gives each the gradient of its own mean
-            return each(logits, y).mean()
+            return summed(logits, y).mean()
 
         def together(model: nn.Module, x: Images, y: Labels, rng: Rng) -> Tensor:
             with evaluating(model):
@@ -196,7 +196,7 @@ def own_images(model: Mixture, x: Images, y: Labels, c: Config, threat: Linf, rn
             copies = x.repeat(1, c.fgsm, 1, 1)
             first = c.benign
             gradient, _ = input_gradient(
-                lambda z: model.own_outputs(z, first, first + c.fgsm), copies, y, each
+                lambda z: model.own_outputs(z, first, first + c.fgsm), copies, y, summed
             )
             eps = torch.tensor([rng.at("eps", i).choice(c.fgsm_eps) for i in range(c.fgsm)], device=x.device)
             reach = eps.repeat_interleave(x.shape[1])[None, :, None, None]
@@ -211,7 +211,7 @@ def own_images(model: Mixture, x: Images, y: Labels, c: Config, threat: Linf, rn
                     y,
                     threat,
                     rng=rng.at("pgd"),
-                    loss=each,
+                    loss=summed,
                     steps=rng.at("k").choice(c.pgd_steps),
                     step_size=c.step_size,
                 )
@@ -219,7 +219,6 @@ def own_images(model: Mixture, x: Images, y: Labels, c: Config, threat: Linf, rn
     return torch.cat(parts, 1)
 
 
-def each(logits: Tensor, y: Labels) -> Tensor:
-    """Cross-entropy of every expert, summed over experts: logits `(b, m, k)` to `(b,)`."""
-    labels = y[:, None].expand(-1, logits.shape[1])
-    return F.cross_entropy(logits.flatten(0, 1), labels.flatten(), reduction="none").view(labels.shape).sum(1)
+def summed(logits: Tensor, y: Labels) -> Tensor:
+    """The experts' cross-entropies summed, `(b,)`: each expert's images get the gradient of its own."""
+    return each_loss(logits, y).sum(1)

@@ -20,7 +20,7 @@ from torch.nn import functional as F
 
 from baselines.resnet import resnet18
 from bench.attacks.fgsm import fgsm
-from bench.config import Radius, config
+from bench.config import AtLeastOne, NotNegative, Radius, Rate, config
 from bench.data import Dataset
 from bench.defense import Defense, Stage
 from bench.model import Normalized, evaluating
@@ -36,11 +36,11 @@ class Config:
 
     eps: Radius | None = None
     half_batch: bool = True
-    width: int = 64
-    epochs: int = 200
-    batch_size: int = 128
-    lr: float = 0.1
-    weight_decay: float = 5e-4
+    width: AtLeastOne = 64
+    epochs: AtLeastOne = 200
+    batch_size: AtLeastOne = 128
+    lr: Rate = 0.1
+    weight_decay: NotNegative = 5e-4
 
 
 @register("fgsm_at")

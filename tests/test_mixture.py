@@ -84,7 +84,7 @@ def test_the_route_attack_breaks_what_lies_beyond_the_known_margin():
 @pytest.mark.parametrize("eps", [0.005, 0.02, 0.05])
 def test_where_the_mixture_falls_an_expert_has_fallen(soft, eps):
     model = Blend(soft).eval()
-    robust, columns, evaluator = scene(model, points(48), eps, steps=30)
+    robust, columns, _ = scene(model, points(48), eps, steps=30)
     worst = torch.stack([robust[c.name] for c in columns if not c.diagnostic]).all(0)
     assert (robust[BOUND] <= worst).all()
     assert (worst <= robust["frozen-gate"]).all()

@@ -1,0 +1,213 @@
+"""FGSM-AT and PGD-AT: the batch they learn from, and the limits in which they are something known."""
+
+import copy
+
+import pytest
+import torch
+from learnable import dataset
+from torch import nn
+from torch.nn import functional as F
+
+from bench.rng import Rng
+from bench.threat import Linf
+from bench.train import initial
+from defenses import fgsm_at, pgd_at
+from defenses.fgsm_at import FGSMAT
+from defenses.pgd_at import PGDAT
+
+DATA = dataset(eps=0.08)
+BOTH = pytest.mark.parametrize("kind", [FGSMAT, PGDAT])
+WHOLE = {"width": 4, "half_batch": False}
+
+
+def made(kind, **settings):
+    module = {FGSMAT: fgsm_at, PGDAT: pgd_at}[kind]
+    return kind(module.Config(**{"width": 4} | settings))
+
+
+def network(seed=0):
+    """A ResNet-18 in float64 whose BatchNorm statistics are not the initial ones."""
+    model = initial(made(FGSMAT), DATA, seed).double().train()
+    model(batch(30)[0])
+    return model
+
+
+def batch(n=7, data=DATA):
+    x, y = data.train.batch(slice(0, n))
+    # up to black and white, so that the box binds
+    return ((x.double() - 0.5) * 1.4 + 0.5).clamp(0, 1), y
+
+
+class Spy(nn.Module):
+    """Notes what a model is shown in train mode, and how often in eval mode."""
+
+    def __init__(self, model):
+        super().__init__()
+        self.model, self.learnt, self.crafting = model, [], []
+
+    def forward(self, x):
+        (self.learnt if self.training else self.crafting).append(x.detach().clone())
+        return self.model(x)
+
+
+def learnt_from(kind, n=7, rng=None, model=None, **settings):
+    """What one step learns from, what it was made of, and the loss."""
+    (stage,) = made(kind, **settings).stages(DATA)
+    spy, (x, y) = Spy(model or network()).train(), batch(n)
+    given = x.clone(), y.clone()
+    loss = stage.loss(spy, x, y, rng or Rng(0))
+    assert torch.equal(given[0], x) and torch.equal(given[1], y), "the batch itself was changed"
+    (shown,) = spy.learnt
+    return shown, x, y, loss, spy
+
+
+def by_hand(model, x, y, start, eps, steps, step_size):
+    """PGD on a copy of the model in eval mode, written out."""
+    model = copy.deepcopy(model).eval()
+    x_adv = start
+    for _ in range(steps):
+        point = x_adv.clone().requires_grad_()
+        (gradient,) = torch.autograd.grad(F.cross_entropy(model(point), y), point)
+        x_adv = torch.clamp(x_adv + step_size * gradient.sign(), x - eps, x + eps).clamp(0, 1)
+    return x_adv
+
+
+def test_recipes_say_which_share_of_the_batch_is_attacked():
+    assert all(config.half_batch for config in FGSMAT.recipes.values())
+    assert {name: config.half_batch for name, config in PGDAT.recipes.items()} == {
+        "tiny": False,
+        "fast": False,
+        "paper": True,
+    }
+    paper = PGDAT.recipes["paper"]
+    assert (paper.steps, paper.epochs, paper.batch_size, paper.lr, paper.weight_decay) == (
+        10,
+        200,
+        128,
+        0.1,
+        5e-4,
+    )
+
+
+@BOTH
+def test_the_network_is_a_resnet18_behind_the_datasets_normalisation(kind):
+    with torch.device("meta"):
+        model = kind(kind.recipes["paper"]).build(dataset(channels=3, classes=10))
+    assert sum(p.numel() for p in model.parameters()) == 11_173_962
+    small = made(kind).build(DATA).eval()
+    x = torch.rand(2, 1, 8, 8)
+    torch.testing.assert_close(small(x), small.net((x - 0.5) / 0.25))
+
+
+@BOTH
+def test_at_a_vanishing_radius_it_is_standard_training(kind):
+    settings = {"eps": 1e-13} if kind is FGSMAT else {"eps": 1e-13, "step_size": 1e-13}
+    (stage,) = made(kind, **WHOLE | settings).stages(DATA)
+    model = network()
+    plain, (x, y) = copy.deepcopy(model), batch(18)
+    mine, theirs = (torch.optim.SGD(m.parameters(), lr=0.05, momentum=0.9) for m in (model, plain))
+    for step in range(3):
+        loss = stage.step(model, x, y, Rng(step), [mine])
+        clean = F.cross_entropy(plain(x), y)
+        torch.testing.assert_close(loss, clean)
+        theirs.zero_grad()
+        clean.backward()
+        theirs.step()
+        for (name, one), two in zip(model.state_dict().items(), plain.state_dict().values(), strict=True):
+            torch.testing.assert_close(one, two, rtol=1e-6, atol=1e-8, msg=name)
+
+
+@BOTH
+@pytest.mark.parametrize(("n", "attacked"), [(6, 3), (7, 3)])
+def test_half_a_batch_is_attacked_and_the_other_half_stays_as_it_is(kind, n, attacked):
+    shown, x, y, loss, spy = learnt_from(kind, n, half_batch=True)
+    assert torch.equal(shown[attacked:], x[attacked:])
+    assert (shown[:attacked] != x[:attacked]).flatten(1).any(1).all()
+    assert Linf(DATA.eps).contains(shown, x).all()
+    assert all(len(crafted) == attacked for crafted in spy.crafting)
+    torch.testing.assert_close(loss, F.cross_entropy(network()(shown), y))
+
+
+@BOTH
+def test_half_of_a_single_image_is_none(kind):
+    (stage,), model, (x, y) = made(kind, half_batch=True).stages(DATA), network().eval(), batch(1)
+    torch.testing.assert_close(stage.loss(model, x, y, Rng(0)), F.cross_entropy(model(x), y))
+
+
+@BOTH
+def test_all_of_a_batch_is_attacked_where_that_is_asked(kind):
+    shown, x, _, _, _ = learnt_from(kind, **WHOLE)
+    assert (shown != x).flatten(1).any(1).all()
+    assert Linf(DATA.eps).contains(shown, x).all()
+
+
+@pytest.mark.parametrize(("settings", "eps"), [({}, 0.08), ({"eps": 0.03}, 0.03)])
+def test_fgsm_is_the_sign_of_the_gradient_at_the_datasets_radius_or_the_one_set(settings, eps):
+    shown, x, y, loss, _ = learnt_from(FGSMAT, **WHOLE | settings)
+    expected = by_hand(network(), x, y, x, eps, 1, eps)
+    torch.testing.assert_close(shown, expected)
+    torch.testing.assert_close(loss, F.cross_entropy(network()(expected), y))
+
+
+@pytest.mark.parametrize(
+    ("settings", "eps", "steps", "step_size"),
+    [
+        ({}, 0.08, 10, 0.02),
+        ({"steps": 3}, 0.08, 3, 0.02),
+        ({"eps": 0.04, "steps": 2}, 0.04, 2, 0.01),
+        ({"eps": 0.04, "steps": 2, "step_size": 0.03}, 0.04, 2, 0.03),
+    ],
+)
+def test_pgd_is_projected_ascent_from_a_uniform_start(settings, eps, steps, step_size):
+    shown, x, y, loss, _ = learnt_from(PGDAT, **WHOLE | settings)
+    start = Linf(eps).random_start(x, Rng(0).at("start"))
+    expected = by_hand(network(), x, y, start, eps, steps, step_size)
+    torch.testing.assert_close(shown, expected)
+    torch.testing.assert_close(loss, F.cross_entropy(network()(expected), y))
+
+
+def test_the_start_is_another_in_another_step():
+    one, two = (learnt_from(PGDAT, rng=Rng(step), **WHOLE, steps=1)[0] for step in (0, 1))
+    assert not torch.equal(one, two)
+
+
+class TwoClasses(nn.Module):
+    """A linear model of two classes: its gradient's sign is the same at every point."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(64, 2).double()
+
+    def forward(self, x):
+        return self.linear(x.flatten(1))
+
+
+def test_on_a_linear_model_one_step_across_the_ball_is_fgsm_whatever_the_start():
+    data = dataset(classes=2, eps=0.08)
+    model, (x, y) = TwoClasses(), batch(data=data)
+    (by_fgsm,) = made(FGSMAT, **WHOLE).stages(data)
+    (by_pgd,) = made(PGDAT, **WHOLE, steps=1, step_size=0.16).stages(data)
+    expected = by_fgsm.loss(model, x, y, Rng(0))
+    for step in range(3):
+        torch.testing.assert_close(by_pgd.loss(model, x, y, Rng(step)), expected)
+    assert expected > F.cross_entropy(model(x), y)
+
+
+@BOTH
+def test_crafting_puts_every_parts_mode_back_and_learns_no_statistics(kind):
+    model = network()
+    model.net.bn1.eval()
+    before = copy.deepcopy(model.state_dict())
+    (stage,) = made(kind).stages(DATA)
+    stage.loss(model, *batch(), Rng(0))
+    assert model.training and model.net.layer1.training and not model.net.bn1.training
+    after = model.state_dict()
+    assert torch.equal(before["net.bn1.running_mean"], after["net.bn1.running_mean"])
+    assert after["net.layer1.0.bn1.num_batches_tracked"] == before["net.layer1.0.bn1.num_batches_tracked"] + 1
+
+
+@BOTH
+def test_crafting_leaves_no_gradient_in_the_weights(kind):
+    model = network()
+    learnt_from(kind, model=model)
+    assert all(parameter.grad is None for parameter in model.parameters())

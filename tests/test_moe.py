@@ -1,0 +1,173 @@
+"""Experts side by side: each of them is what it would be alone."""
+
+import copy
+from functools import partial
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from baselines.resnet import resnet18
+from bench.model import evaluating
+from bench.moe import Experts
+
+EXPERTS, CHANNELS, CLASSES = 3, 2, 4
+make = partial(resnet18, channels=CHANNELS, classes=CLASSES, width=4)
+SOME = [(first, last) for first in range(EXPERTS) for last in range(first + 1, EXPERTS + 1)]
+
+
+def experts(count: int = EXPERTS, double: bool = True) -> Experts:
+    """Experts whose BatchNorm statistics and affine weights are not the initial ones."""
+    torch.manual_seed(0)
+    made = Experts(make, count)
+    with torch.no_grad():
+        for layer in made.modules():
+            if isinstance(layer, nn.BatchNorm2d):
+                layer.weight.uniform_(0.5, 1.5)
+                layer.bias.uniform_(-0.3, 0.3)
+        made(torch.rand(8, CHANNELS, 8, 8))
+    return made.double() if double else made
+
+
+def alone(side_by_side: Experts, i: int) -> nn.Module:
+    """The `i`-th expert as a network of its own."""
+    one = make().to(next(side_by_side.parameters()).dtype)
+    one.load_state_dict({name: value.clone() for name, value in side_by_side.state_of(i, i + 1).items()})
+    return one.train(side_by_side.training)
+
+
+def images(count: int = EXPERTS, n: int = 5) -> torch.Tensor:
+    return torch.rand(n, count * CHANNELS, 8, 8, dtype=torch.float64)
+
+
+def of(x, i):
+    """What the `i`-th expert is shown."""
+    return x[:, i * CHANNELS : (i + 1) * CHANNELS]
+
+
+@pytest.mark.parametrize("training", [False, True])
+def test_the_same_images_go_to_every_expert(training):
+    many, x = experts().train(training), images(1)
+    each = [alone(many, i)(x) for i in range(EXPERTS)]
+    torch.testing.assert_close(many(x), torch.stack(each, 1))
+    assert many(x).shape == (5, EXPERTS, CLASSES)
+
+
+@pytest.mark.parametrize(("first", "last"), SOME)
+@pytest.mark.parametrize("training", [False, True])
+def test_some_experts_on_images_of_their_own_are_each_expert_alone(training, first, last):
+    many, x = experts().train(training), images(last - first)
+    singles = [alone(many, i) for i in range(first, last)]
+    logits = many.some(x, first, last)
+    assert logits.shape == (5, last - first, CLASSES)
+    torch.testing.assert_close(logits, torch.stack([one(of(x, i)) for i, one in enumerate(singles)], 1))
+
+
+@pytest.mark.parametrize(("first", "last"), SOME)
+@pytest.mark.parametrize("training", [False, True])
+def test_gradients_and_batch_statistics_of_some_experts_are_those_of_each_alone(training, first, last):
+    many, x, y = experts().train(training), images(last - first), torch.tensor([0, 1, 2, 3, 0])
+    singles = [alone(many, i) for i in range(EXPERTS)]
+    logits = many.some(x, first, last)
+    sum(F.cross_entropy(logits[:, i], y) for i in range(last - first)).backward()
+    for i in range(first, last):
+        F.cross_entropy(singles[i](of(x, i - first)), y).backward()
+    for name, parameter in many.net.named_parameters():
+        for i, found in enumerate(parameter.grad.chunk(EXPERTS)):
+            expected = singles[i].get_parameter(name).grad if first <= i < last else torch.zeros_like(found)
+            torch.testing.assert_close(found, expected, msg=name)
+    for name, buffer in many.net.named_buffers():
+        for i, found in enumerate(buffer.chunk(EXPERTS) if buffer.dim() else [buffer] * EXPERTS):
+            if buffer.dim() or first <= i < last:
+                torch.testing.assert_close(found, singles[i].get_buffer(name), msg=name)
+
+
+@pytest.mark.parametrize("training", [False, True])
+@pytest.mark.parametrize(("first", "last"), [(0, 3), (1, 2)])
+def test_the_gradient_with_respect_to_the_images_is_the_numerical_one(training, first, last):
+    many, x = experts().train(training), images(last - first, n=6)
+    weights = torch.randn(6, last - first, CLASSES, dtype=torch.float64)
+
+    def total(x):
+        return (weights * many.some(x, first, last)).sum()
+
+    point = x.clone().requires_grad_()
+    (gradient,) = torch.autograd.grad(total(point), point)
+    step = 1e-7
+    for _ in range(4):
+        direction = torch.randn_like(x)
+        with torch.no_grad():
+            numerical = (total(x + step * direction) - total(x - step * direction)) / (2 * step)
+        assert float((gradient * direction).sum()) == pytest.approx(float(numerical), rel=1e-4, abs=1e-4)
+
+
+def test_an_experts_images_reach_no_other_expert():
+    many, x = experts().eval(), images().requires_grad_()
+    (gradient,) = torch.autograd.grad(many.some(x, 0, EXPERTS)[:, 1].sum(), x)
+    assert of(gradient, 1).abs().sum() > 0
+    assert not of(gradient, 0).any() and not of(gradient, 2).any()
+
+
+def test_a_single_expert_is_the_network_itself():
+    many, x = experts(1).eval(), images(1)
+    torch.testing.assert_close(many(x), alone(many, 0)(x)[:, None])
+    torch.testing.assert_close(many.some(x, 0, 1), many(x))
+
+
+def test_the_mode_of_some_experts_follows_that_of_all():
+    many, x = experts(), images(1)
+    in_eval = many.eval().some(x, 0, 1)
+    in_train = many.train().some(x, 0, 1)
+    assert not torch.allclose(in_eval, in_train)
+    before = many.net.bn1.running_mean.clone()
+    with evaluating(many):
+        many.some(x, 0, 1)
+    assert torch.equal(many.net.bn1.running_mean, before)
+
+
+def test_a_state_is_a_view_into_that_of_all():
+    many = experts()
+    with torch.no_grad():
+        for tensor in many.state_of(1, 2).values():
+            tensor.zero_()
+    weight = many.net.conv1.weight
+    assert not weight[4:8].any() and weight[:4].any() and weight[8:].any()
+    assert not many.net.bn1.running_var[4:8].any() and many.net.bn1.running_var[:4].all()
+
+
+def test_loading_the_same_state_everywhere_makes_experts_alike():
+    many, one = experts().eval(), make().double()
+    for i in range(EXPERTS):
+        with torch.no_grad():
+            for name, tensor in many.state_of(i, i + 1).items():
+                tensor.copy_(one.state_dict()[name])
+    logits = many(images(1))
+    torch.testing.assert_close(logits, logits[:, :1].expand_as(logits))
+
+
+@pytest.mark.parametrize("used_before", [False, True])
+def test_a_deep_copy_is_independent_and_equal(used_before):
+    many, x = experts().eval(), images(2)
+    if used_before:
+        many.some(x, 0, 2)
+    other = copy.deepcopy(many)
+    torch.testing.assert_close(other.some(x, 1, 3), many.some(x, 1, 3))
+    with torch.no_grad():
+        other.net.conv1.weight.zero_()
+    assert many.net.conv1.weight.any()
+    assert not torch.allclose(other.some(x, 1, 3), many.some(x, 1, 3))
+
+
+def test_state_and_parameters_are_those_of_the_network_alone():
+    many = experts()
+    before = set(many.state_dict())
+    many.some(images(2), 0, 2)
+    assert set(many.state_dict()) == before == {f"net.{name}" for name in make(copies=EXPERTS).state_dict()}
+
+
+def test_channels_last_changes_nothing_but_the_layout():
+    many, x = experts().eval(), images(2)
+    before = many.some(x, 1, 3)
+    many = many.to(memory_format=torch.channels_last)
+    torch.testing.assert_close(many.some(x.contiguous(memory_format=torch.channels_last), 1, 3), before)
