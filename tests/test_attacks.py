@@ -156,6 +156,16 @@ def test_one_step_of_pgd_is_the_equation():
     assert torch.allclose(found, expected, atol=1e-7)
 
 
+def test_a_start_that_is_given_replaces_the_random_one_and_is_projected_first():
+    model, x, y, rng = scene(4)
+    threat = Linf(0.1)
+    begun = pgd(model, x, y, threat, rng=rng, start=threat.random_start(x, rng.at("start")), steps=2)
+    assert torch.equal(begun, pgd(model, x, y, threat, rng=rng, steps=2))
+    outside = x + 0.3
+    still = pgd(model, x, y, threat, rng=rng, start=outside, steps=1, step_size=0.0)
+    assert torch.equal(still, threat.project(outside, x)) and torch.equal(outside, x + 0.3)
+
+
 def test_a_trajectory_read_at_its_milestones_is_pgd_of_that_many_steps():
     model, x = small_net(), points(6)
     y = model(x).argmax(1)

@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 import torch
 from oracles import points, small_net
+from routed_toys import RouteToy
 from selection_toys import SelectionToy
 from torch import nn
 
@@ -182,3 +183,11 @@ def test_hard_routing_without_adaptive_attacks_is_said():
     (finding,) = sandwich(b"", columns, Blend(False))
     assert "gradients do not see the gate" in finding
     assert sandwich(b"", columns, Blend(True)) == [] and sandwich(b"", columns, None) == []
+
+
+def test_on_the_route_toy_pgd_reports_all_and_the_route_attack_none():
+    toy = RouteToy()
+    robust, _, _ = scene(toy, toy.images(), 0.1, steps=40)
+    assert robust["pgd-40"].all() and robust["pgd-40-margin"].all() and robust["frozen-gate"].all()
+    assert not robust["per-route"].any() and not robust["soft-gate"].any()
+    assert not robust[BOUND].any()

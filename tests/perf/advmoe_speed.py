@@ -89,7 +89,7 @@ def main(arguments: list[str] | None = None) -> int:
             took = seconds(work, device)
             # the first round fills caches
             best[name] = min(best[name], took) if number else best[name]
-    load = torch.bincount(routed.selected(x), minlength=routed.experts).tolist()
+    load = torch.bincount(routed.selected(x), minlength=routed.experts_count).tolist()
     print(f"{given.batch} images, routed {load}, {given.threads} thread(s), {device}")
     for name, took in best.items():
         print(f"{name:12}{1000 * took:9.1f} ms   {took / best['dense']:.3f} of dense")

@@ -1,6 +1,6 @@
 """A newcomer's first command, timed: `bench run` in an empty folder, nothing trained. Target: under 120 s on two cores.
 
-    python tests/perf/first_run.py
+python tests/perf/first_run.py
 """
 
 import subprocess
@@ -14,7 +14,9 @@ TARGET = 120
 def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         started = time.perf_counter()
-        done = subprocess.run([sys.executable, "-m", "bench", "run", "--quiet"], cwd=folder, capture_output=True, text=True)
+        done = subprocess.run(
+            [sys.executable, "-m", "bench", "run", "--quiet"], cwd=folder, capture_output=True, text=True
+        )
         seconds = time.perf_counter() - started
     if done.returncode != 0:
         sys.exit(done.stderr)

@@ -1,6 +1,6 @@
 """Peak memory of evaluating ResNet-18 (width 64) on 32×32 images at batch 128. Target: under 1.5 GB.
 
-    python tests/perf/memory.py
+python tests/perf/memory.py
 """
 
 import resource
@@ -20,7 +20,9 @@ TARGET = 1.5
 
 def main() -> None:
     generator = np.random.default_rng(0)
-    split = Split(generator.integers(0, 256, (128, 32, 32, 3), dtype=np.uint8), generator.integers(0, 10, 128))
+    split = Split(
+        generator.integers(0, 256, (128, 32, 32, 3), dtype=np.uint8), generator.integers(0, 10, 128)
+    )
     model = Normalized(resnet18(channels=3, classes=10), (0.5,) * 3, (0.25,) * 3)
     # every image counts as right, or an untrained network would leave nothing to attack
     x, _ = split.batch(slice(None))

@@ -35,7 +35,9 @@ def one_by_one(model, x, y, columns, batch_size):
         elif column.attack == "fgsm":
             attack = torchattacks.FGSM(model, eps=column.eps)
         elif column.attack == "a-pgd":
-            attack = torchattacks.EOTPGD(model, eps=column.eps, alpha=column.step_size, steps=column.steps, eot_iter=1)
+            attack = torchattacks.EOTPGD(
+                model, eps=column.eps, alpha=column.step_size, steps=column.steps, eot_iter=1
+            )
         else:
             single = [
                 torchattacks.PGD(model, eps=column.eps, alpha=column.step_size, steps=column.steps)
@@ -61,7 +63,9 @@ def merged(model, split, columns, classes, batch_size, precision):
         evaluator.run(programs, np.arange(start, min(start + batch_size, len(split))))
         for start in range(0, len(split), batch_size)
     ]
-    outcomes = {c.name: np.concatenate([b.outcomes[c.name].robust.cpu().numpy() for b in batches]) for c in columns}
+    outcomes = {
+        c.name: np.concatenate([b.outcomes[c.name].robust.cpu().numpy() for b in batches]) for c in columns
+    }
     return outcomes, time.perf_counter() - started
 
 
@@ -78,14 +82,22 @@ def main() -> None:
     args = parser.parse_args()
 
     session = pipeline.prepare(
-        args.defense, args.dataset, checkpoint=args.checkpoint, eps=args.eps, results=Path(args.results), precision=args.precision
+        args.defense,
+        args.dataset,
+        checkpoint=args.checkpoint,
+        eps=args.eps,
+        results=Path(args.results),
+        precision=args.precision,
     )
     data = session.data
     model = pipeline.weigh(session, session.jobs[0], 0).model.eval().requires_grad_(False)
     split = data.test
     if len(split) < args.samples and args.checkpoint is None:
         # the speed of an attack does not care whether an image was learnt from
-        split = Split(np.concatenate([split.images, data.train.images]), np.concatenate([split.labels, data.train.labels]))
+        split = Split(
+            np.concatenate([split.images, data.train.images]),
+            np.concatenate([split.labels, data.train.labels]),
+        )
     split = split.take(np.arange(min(args.samples, len(split))))
     protocol = protocols.load("dwf-paper")
     columns = protocol.columns(protocol.radius(data.eps, session.eps))
@@ -97,7 +109,9 @@ def main() -> None:
     _, our_again = merged(model, split, columns, len(data.classes), args.batch_size, args.precision)
 
     worst, unequal = 0.0, 0
-    print(f"{args.defense} on {data.name}, eps {args.eps}, n = {len(split)}, batch {args.batch_size}, {torch.get_num_threads()} threads")
+    print(
+        f"{args.defense} on {data.name}, eps {args.eps}, n = {len(split)}, batch {args.batch_size}, {torch.get_num_threads()} threads"
+    )
     print(f"{'column':12} {'ours':>7} {'torchattacks':>13} {'its spread':>11}")
     for column in columns:
         a, b, c = (100 * o[column.name].mean() for o in (ours, theirs, again))
@@ -106,8 +120,12 @@ def main() -> None:
             unequal += int((ours[column.name] != theirs[column.name]).sum())
         print(f"{column.name:12} {a:7.2f} {b:13.2f} {abs(b - c):11.2f}")
     ratio = min(their_seconds, their_again) / min(our_seconds, our_again)
-    print(f"one by one {min(their_seconds, their_again):.1f} s, merged {min(our_seconds, our_again):.1f} s: {ratio:.2f} times faster (target {TARGET})")
-    print(f"largest difference {worst:.2f} points (target {WITHIN}); FGSM images that differ: {unequal} (target 0)")
+    print(
+        f"one by one {min(their_seconds, their_again):.1f} s, merged {min(our_seconds, our_again):.1f} s: {ratio:.2f} times faster (target {TARGET})"
+    )
+    print(
+        f"largest difference {worst:.2f} points (target {WITHIN}); FGSM images that differ: {unequal} (target 0)"
+    )
     sys.exit(ratio < TARGET or worst > WITHIN or unequal > 0)
 
 
