@@ -18,6 +18,7 @@ from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from bench.attacks.gradient import input_gradient
 from bench.errors import BenchError
+from bench.moe import Experts, grouped
 from bench.rng import Rng
 from bench.types import Images, Labels, Logits, Model
 
@@ -84,7 +85,7 @@ class Autocast(nn.Module):
 def _quickest(model: nn.Module, x: Images, y: Labels) -> tuple[nn.Module, str]:
     """The first copy that is the model, and what it is; the model itself where none is."""
     try:
-        exact = copy.deepcopy(model).double()
+        exact = _apart(copy.deepcopy(model).double(), x)
         # off the grid of stored pixels, so that flat regions of an image are no ties for a max pool
         probe = 0.9 * x.double() + 0.1 * Rng("probe").uniform(x.double())
         expected = input_gradient(exact, probe, y, _projection)
@@ -109,6 +110,14 @@ def _quickest(model: nn.Module, x: Images, y: Labels) -> tuple[nn.Module, str]:
         if same and _close(rounded, logits, ROUNDED):
             return candidate, about
     return model, "as it is (a faster copy differs)"
+
+
+def _apart(model: nn.Module, x: Images) -> nn.Module:
+    """The model with experts that run one after another as networks of their own, so that each can be folded."""
+    for name, part in list(model.named_modules()):
+        if isinstance(part, Experts) and not grouped(x):
+            model.set_submodule(name, part.apart())
+    return model
 
 
 def _projection(logits: Logits, y: Labels) -> Tensor:

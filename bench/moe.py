@@ -6,7 +6,7 @@ architecture and runs them as one grouped program.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Protocol, cast
 
 import torch
@@ -15,6 +15,9 @@ from torch.func import functional_call
 from torch.nn import functional as F
 
 from bench.types import Images, Labels
+
+#: the largest images, in pixels, on which nine networks are quicker as one; measured on CPUs at 8×8 and at 32×32
+GROUPED_PIXELS = 256
 
 
 class RoutedModel(Protocol):
@@ -61,8 +64,10 @@ class Expert(nn.Module):
 class Experts(nn.Module):
     """Several networks of one architecture, side by side.
 
-    Every tensor is the experts' tensors joined along the first dimension, so an expert is a slice of each. All of them
-    run as one network with grouped convolutions; some of them run as a smaller such network over slices.
+    Every tensor is the experts' tensors joined along the first dimension, so an expert is a slice of each. On small
+    images all of them run as one network with grouped convolutions, which saves the cost of many small calls; on
+    larger ones they run one after another, since a grouped convolution is slower than its parts
+    (`tests/perf/experts_speed.py` measures both).
 
     Args:
         make: `make(copies=e)` builds `e` such networks in one, as `baselines.resnet` does.
@@ -78,18 +83,33 @@ class Experts(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """The same normalised images `(b, c, h, w)` for every expert to logits `(b, e, k)`."""
-        logits: Tensor = self.net(x.repeat(1, self.experts, 1, 1))
-        return logits if self.experts > 1 else logits.unsqueeze(1)
+        if grouped(x):
+            return self.some(x.repeat(1, self.experts, 1, 1), 0, self.experts)
+        return torch.cat([self.some(x, k, k + 1) for k in range(self.experts)], 1)
 
     def some(self, x: Tensor, first: int, last: int) -> Tensor:
         """Each expert's own images, `(b, m·c, h, w)` for the `m` experts `first … last-1`, to logits `(b, m, k)`."""
         count = last - first
+        if count > 1 and not grouped(x):
+            own = zip(range(first, last), x.chunk(count, 1), strict=True)
+            return torch.cat([self.some(images, k, k + 1) for k, images in own], 1)
         logits: Tensor
         if count == self.experts:
             logits = self.net(x)
         else:
             logits = functional_call(self._network(count), self.state_of(first, last), (x,))
         return logits if count > 1 else logits.unsqueeze(1)
+
+    def apart(self) -> Apart:
+        """The experts as networks of their own, with copies of their weights, in the same mode."""
+        networks = []
+        for k in range(self.experts):
+            network = self.make(copies=1)
+            state = self.state_of(k, k + 1)
+            network.to(next(iter(state.values())))
+            network.load_state_dict(state)
+            networks.append(network.train(self.training))
+        return Apart(networks)
 
     def state_of(self, first: int, last: int) -> dict[str, Tensor]:
         """The parameters and buffers of some experts, as views into those of all."""
@@ -106,6 +126,23 @@ class Experts(nn.Module):
             with torch.device("meta"):
                 self._smaller[count] = self.make(copies=count)
         return self._smaller[count].train(self.training)
+
+
+class Apart(nn.Module):
+    """Networks that answer one after another; what `Experts` is where it is only evaluated, on larger images."""
+
+    def __init__(self, networks: Sequence[nn.Module]) -> None:
+        super().__init__()
+        self.networks = nn.ModuleList(networks)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """The same normalised images `(b, c, h, w)` for every network to logits `(b, e, k)`."""
+        return torch.stack([network(x) for network in self.networks], 1)
+
+
+def grouped(x: Tensor) -> bool:
+    """Whether several networks on images of this size, `(…, h, w)`, run quicker as one grouped program."""
+    return x.shape[-2] * x.shape[-1] <= GROUPED_PIXELS
 
 
 def each_loss(logits: Tensor, y: Labels) -> Tensor:

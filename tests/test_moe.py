@@ -10,7 +10,7 @@ from torch.nn import functional as F
 
 from baselines.resnet import resnet18
 from bench.model import evaluating
-from bench.moe import Experts
+from bench.moe import Experts, grouped
 
 EXPERTS, CHANNELS, CLASSES = 3, 2, 4
 make = partial(resnet18, channels=CHANNELS, classes=CLASSES, width=4)
@@ -171,3 +171,32 @@ def test_channels_last_changes_nothing_but_the_layout():
     before = many.some(x, 1, 3)
     many = many.to(memory_format=torch.channels_last)
     torch.testing.assert_close(many.some(x.contiguous(memory_format=torch.channels_last), 1, 3), before)
+
+
+@pytest.mark.parametrize("side", [8, 20])
+def test_grouped_or_one_by_one_the_experts_say_the_same(side):
+    torch.manual_seed(0)
+    experts = Experts(partial(resnet18, channels=1, classes=3, width=4), 3).eval()
+    x = torch.rand(5, 1, side, side)
+    assert grouped(x) == (side == 8)
+    as_one = experts.net(x.repeat(1, 3, 1, 1))
+    torch.testing.assert_close(experts(x), as_one, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(experts.apart()(x), as_one, rtol=1e-4, atol=1e-5)
+    own = torch.rand(5, 3, side, side)
+    torch.testing.assert_close(experts.some(own, 0, 3), experts.net(own), rtol=1e-4, atol=1e-5)
+
+
+def test_one_by_one_training_moves_every_experts_weights_and_statistics():
+    torch.manual_seed(0)
+    experts = Experts(partial(resnet18, channels=1, classes=3, width=4), 3).train()
+    means = [name for name, _ in experts.net.named_buffers() if name.endswith("running_mean")]
+    before = {name: value.clone() for name, value in experts.net.named_buffers()}
+    experts(torch.rand(5, 1, 20, 20)).sum().backward()
+    after = dict(experts.net.named_buffers())
+    for name in means:
+        moved = (after[name] != before[name]).view(3, -1)
+        assert moved.any(1).all(), name
+    assert all(
+        p.grad is not None and (p.grad.reshape(3, -1) != 0).any(1).all()
+        for p in experts.net.conv1.parameters()
+    )

@@ -26,9 +26,9 @@ EXPERTS, TARGET = 9, 0.95
 
 
 class Mean(nn.Module):
-    """The experts' mean logits."""
+    """The experts' mean logits, in the way that `Experts` takes."""
 
-    def __init__(self, experts: Experts) -> None:
+    def __init__(self, experts: nn.Module) -> None:
         super().__init__()
         self.experts = experts
 
@@ -36,15 +36,15 @@ class Mean(nn.Module):
         return self.experts(x).mean(1)
 
 
-class OneByOne(nn.Module):
-    """The same, one network after another."""
+class Grouped(nn.Module):
+    """The same as one grouped program, whatever the images' size."""
 
-    def __init__(self, networks) -> None:
+    def __init__(self, experts: Experts) -> None:
         super().__init__()
-        self.networks = nn.ModuleList(networks)
+        self.net = experts.net
 
     def forward(self, x):
-        return torch.stack([network(x) for network in self.networks], 1).mean(1)
+        return self.net(x.repeat(1, EXPERTS, 1, 1)).mean(1)
 
 
 def main() -> None:
@@ -55,21 +55,18 @@ def main() -> None:
     device = torch.device(args.device)
     missed = False
     print(
-        f"{'width':>6} {'image':>7} {'single ms':>10} {'grouped':>9} {'one by one':>11}   (throughput against nine times a single one)"
+        f"{'width':>6} {'image':>7} {'single ms':>10} {'taken':>7} {'grouped':>9} {'one by one':>11}   (throughput against nine times a single one)"
     )
     for width, size, batch in ((8, 8, 128), (16, 8, 128), (16, 32, 128), (64, 32, 64)):
         make = partial(resnet18, channels=3, classes=10, width=width)
-        grouped = Experts(make, EXPERTS).to(device).eval().requires_grad_(False)
-        networks = []
-        for k in range(EXPERTS):
-            network = make(copies=1).to(device)
-            network.load_state_dict(grouped.state_of(k, k + 1))
-            networks.append(network.eval().requires_grad_(False))
+        experts = Experts(make, EXPERTS).to(device).eval().requires_grad_(False)
+        apart = experts.apart().requires_grad_(False)
         x, y = torch.rand(batch, 3, size, size, device=device), torch.randint(0, 10, (batch,), device=device)
         models = {
-            "single": fast(networks[0], x, y).model,
-            "grouped": fast(Mean(grouped), x, y).model,
-            "one by one": fast(OneByOne(networks), x, y).model,
+            "single": fast(apart.networks[0], x, y).model,
+            "taken": fast(Mean(experts), x, y).model,
+            "grouped": fast(Grouped(experts), x, y).model,
+            "one by one": fast(Mean(apart), x, y).model,
         }
         for model in models.values():
             model.at_once = max(1, PIXELS_AT_ONCE // size**2) if device.type == "cpu" else None
@@ -82,9 +79,9 @@ def main() -> None:
                     torch.cuda.synchronize(device)
                 best[name] = min(best[name], time.perf_counter() - started)
         share = {name: EXPERTS * best["single"] / seconds for name, seconds in best.items()}
-        missed |= max(share["grouped"], share["one by one"]) < TARGET
+        missed |= share["taken"] < TARGET
         print(
-            f"{width:6} {size:4}×{size:<2} {1e3 * best['single']:10.1f} {share['grouped']:9.2f} {share['one by one']:11.2f}"
+            f"{width:6} {size:4}×{size:<2} {1e3 * best['single']:10.1f} {share['taken']:7.2f} {share['grouped']:9.2f} {share['one by one']:11.2f}"
         )
     sys.exit(missed)
 
