@@ -25,11 +25,14 @@ def main() -> None:
     """Runs the command line and exits: 0 done, 2 the user's mistake, 1 a bug of ours, 130 interrupted."""
     code, line = 0, ""
     try:
-        commands(standalone_mode=False)
+        # not `commands(…)`: click would answer an interruption and a closed pipe in its own way
+        with commands.make_context("bench", sys.argv[1:]) as context:
+            commands.invoke(context)
+        sys.stdout.flush()
     except click.exceptions.Exit as error:
         code = error.exit_code
     except click.ClickException as error:
-        code, line = 2, " ".join(error.format_message().split())
+        code, line = 2, error.format_message()
         if isinstance(error, click.UsageError) and error.ctx is not None:
             line += f" (try `{error.ctx.command_path} --help`)"
     except BenchError as error:
@@ -42,20 +45,24 @@ def main() -> None:
             "interrupted; what was finished is kept, the same command goes on from there",
         )
     except BrokenPipeError:
-        # whoever read our output has heard enough
-        sys.stderr.close()
-        code = 0
+        # whoever read our output has heard enough; Python would complain once more when it empties its buffer
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except Exception:
         traceback.print_exc()
         code, line = 1, "this is a bug of ours; please report it with the lines above"
     if line:
-        print(f"bench: {line}", file=sys.stderr)
+        # what libraries say may run over several lines
+        print(f"bench: {' '.join(line.split())}", file=sys.stderr)
     sys.exit(code)
 
 
-@click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
+@click.group(
+    invoke_without_command=True,
+    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
+)
 @click.version_option(__version__, prog_name="bench")
-def commands() -> None:
+@click.pass_context
+def commands(context: click.Context) -> None:
     """Train defenses, attack them, and compare what is left.
 
     \b
@@ -63,6 +70,8 @@ def commands() -> None:
     bench run --defense dwf --dataset cifar10   the paper's protocol on CIFAR-10
     bench table --published                     measured beside published
     """
+    if context.invoked_subcommand is None:
+        click.echo(context.get_help())
 
 
 def asked(train_only: bool) -> Callable[[Command], Command]:
@@ -184,7 +193,7 @@ def run(
     if as_json:
         click.echo(frame(found).to_json(orient="records", indent=2))
         return
-    click.echo(table.render_groups(found, color=sys.stdout.isatty()))
+    click.echo(table.render_groups(found, color=sys.stdout.isatty()).rstrip("\n"))
     drawn = plot.figures(session.results, session.results / "figures", datasets=[session.data.name])
     _say(f"figures: {', '.join(str(path) for path in drawn if path.suffix == '.png')}" if drawn else "")
     _say(f"records: {session.results / 'runs'}; `bench table` and `bench plot` show all of them")

@@ -19,9 +19,9 @@ from bench.record import atomic
 SCHEMA = pa.schema(
     [
         ("index", pa.int32()),
-        ("label", pa.int16()),
+        ("label", pa.int32()),
         ("column", pa.dictionary(pa.int16(), pa.string())),
-        ("prediction", pa.int16()),
+        ("prediction", pa.int32()),
         ("robust", pa.bool_()),
         ("restart", pa.int16()),
     ]
@@ -36,12 +36,11 @@ class Parts:
         self._tables: list[pa.Table] = []
         self._done: set[int] = set()
         for file in sorted(folder.glob("*.parquet")):
-            try:
-                table = pq.read_table(file, schema=SCHEMA)
-            except (pa.ArrowException, OSError):
-                file.unlink()
-                continue
-            self._take(table)
+            table = _read(file)
+            if table is None:
+                file.unlink(missing_ok=True)
+            else:
+                self._take(table)
 
     def done(self) -> np.ndarray:
         """The dataset positions that are finished, rising."""
@@ -97,10 +96,22 @@ class Parts:
 
     def _take(self, table: pa.Table) -> None:
         # where two processes finished the same images their rows are equal, and one copy is enough
-        new = [index not in self._done for index in table["index"].to_pylist()]
-        if any(new):
-            self._tables.append(table if all(new) else table.filter(pa.array(new)))
-            self._done |= set(table["index"].to_pylist())
+        new = ~np.isin(table["index"].to_numpy(), self.done())
+        if new.any():
+            self._tables.append(table if new.all() else table.filter(pa.array(new)))
+            self._done.update(table["index"].to_pylist())
+
+
+def _read(file: Path) -> pa.Table | None:
+    """The batch in a file; None where it was cut short, went away meanwhile or is of another version's form."""
+    try:
+        # from memory and in this thread: a reader thread that outlives a quick process aborts it at exit (Arrow #34314)
+        content = pa.BufferReader(file.read_bytes())
+        table = pq.ParquetFile(content, pre_buffer=False).read(use_threads=False)
+    except (pa.ArrowException, OSError):
+        return None
+    fits = table.schema.equals(SCHEMA) and b"costs" in (table.schema.metadata or {})
+    return table if fits else None
 
 
 def _bytes(table: pa.Table) -> bytes:

@@ -9,19 +9,27 @@ from __future__ import annotations
 
 import ast
 import dataclasses
+import functools
 import hashlib
 import inspect
-import io
 import json
+import math
 import platform
+import signal
 import subprocess
+import sys
+import sysconfig
+import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from datetime import datetime, timezone
 from pathlib import Path
+from types import CodeType
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
 from torch import nn
@@ -34,9 +42,9 @@ from bench import record as records
 from bench import registry
 from bench.config import as_json, number, replaced
 from bench.data import Dataset
-from bench.defense import Defense
-from bench.errors import BenchError, CheckpointError, Interrupted, UsageError
-from bench.evaluate import Batch, Cost, Evaluator
+from bench.defense import Defense, Stage
+from bench.errors import AttackCrash, BenchError, CheckpointError, Interrupted, UsageError, VoidRun
+from bench.evaluate import Batch, Cost, Evaluator, Judge, before_any_attack
 from bench.fast import Precision
 from bench.moe import RoutedModel, as_mixture
 from bench.parts import Parts
@@ -95,14 +103,20 @@ class Session:
     ask: Ask | None
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass
 class Weights:
     """A network with its weights, and where they come from."""
 
     model: nn.Module
     training: Training
+    code: str
+    """hash of the files that define defense and network"""
+    path: Path | None = None
+    """where they lie, if they were trained here"""
     findings: tuple[str, ...] = ()
     loaded: checkpoints.Loaded | None = None
+    confirmed: bool = False
+    """whether the accuracy that a checkpoint states was found on these images"""
 
 
 def prepare(
@@ -139,11 +153,13 @@ def prepare(
     kinds = {name.strip(): registry.get(name.strip()) for name in names}
     asked = [
         protocols.with_attacks(protocols.load(p), attacks)
-        for p in ([protocol] if isinstance(protocol, str) else protocol)
+        for p in dict.fromkeys([protocol] if isinstance(protocol, str) else protocol)
     ]
     data = datasets.load(dataset, Path(data_dir) if data_dir is not None else None)
     radius = _radius(eps)
     for one in asked:
+        if radius is not None:
+            threat_model(one.norm, radius)
         for column in one.columns(one.radius(data.eps, radius)):
             if column.attack != "clean":
                 threat_model(column.norm, column.eps)
@@ -164,8 +180,10 @@ def prepare(
     where = _device(device)
     if batch_size is not None and batch_size < 1:
         raise UsageError(f"batch size must be at least 1, not {batch_size}")
-    out = Path(results)
-    records.writable(out)
+    if samples is not None and not 1 <= samples <= len(data.test):
+        raise UsageError(
+            f"{data.name} has {len(data.test)} test images; --samples must be from 1 to {len(data.test)}, not {samples}"
+        )
     return Session(
         data=data,
         jobs=jobs,
@@ -177,7 +195,7 @@ def prepare(
         device=where,
         batch_size=batch_size or BATCH_SIZE[where.type],
         precision=precision,
-        results=out,
+        results=Path(results),
         quiet=quiet,
         say=say or (lambda line: None),
         ask=ask,
@@ -215,6 +233,9 @@ def run(
 
 def run_session(session: Session) -> list[Record]:
     """The records of everything that was asked, run or found."""
+    records.writable(session.results)
+    # the images are read before hours are spent on training what could then not be evaluated
+    _samples(session)
     found = []
     for job in session.jobs:
         for seed in session.seeds:
@@ -225,14 +246,12 @@ def run_session(session: Session) -> list[Record]:
 
 def train_session(session: Session) -> list[Path]:
     """Trains what was asked; the checkpoints' paths."""
-    paths = []
+    records.writable(session.results)
     for job in session.jobs:
-        if not job.defense.stages(session.data):
+        if not _stages(job, session.data):
             raise UsageError(f"{job.name!r} has nothing to train; `bench run` evaluates it as it is")
-        for seed in session.seeds:
-            weigh(session, job, seed)
-            paths.append(_training_folder(session, job, seed) / "model.safetensors")
-    return paths
+    paths = [weigh(session, job, seed).path for job in session.jobs for seed in session.seeds]
+    return [path for path in paths if path is not None]
 
 
 def explain_session(session: Session) -> str:
@@ -240,9 +259,9 @@ def explain_session(session: Session) -> str:
     lines = []
     for job in session.jobs:
         model = _build(job, session.data, 0).to(session.device)
-        evaluator = _evaluator(session, model, 0, session.protocols[0])
         n = _samples(session)
         for protocol in session.protocols:
+            evaluator = _evaluator(session, job, model, 0, protocol)
             columns = _columns(protocol, protocol.radius(session.data.eps, session.eps), model)
             programs = plan(columns, random=evaluator.random)
             lines.append(f"{job.name} on {session.data.name}, {n} images, protocol {protocol.name}:")
@@ -258,31 +277,41 @@ def weigh(session: Session, job: Job, seed: int) -> Weights:
     """The network of a job with its weights: from the checkpoint given, from an earlier training, or trained now."""
     defense, data = job.defense, session.data
     model = _build(job, data, seed).to(session.device)
+    code = _code(job.kind, model)
     if session.checkpoint is not None:
         loaded = checkpoints.load(session.checkpoint, model, defense=defense, data=data)
         for note in loaded.notes:
             session.say(note)
-        return Weights(
-            model, Training(source=session.checkpoint, parameters=_size(model)), loaded.notes, loaded
-        )
-    if not defense.stages(data):
-        return Weights(model, Training(source="as built", seed=seed, parameters=_size(model)))
-    folder = _training_folder(session, job, seed)
+        training = Training(source=session.checkpoint, parameters=_size(model))
+        return Weights(model, training, code, findings=loaded.notes, loaded=loaded)
+    if not _stages(job, data):
+        return Weights(model, Training(source="as built", seed=seed, parameters=_size(model)), code)
+    folder = _training_folder(session, job, seed, code)
     path = folder / "model.safetensors"
-    if path.is_file():
-        checkpoints.load(str(path), model, defense=defense, data=data)
-        return Weights(model, _training_of(path, model))
-    _announce(session, job)
-    trained = train(
-        defense,
-        data,
-        seed=seed,
-        folder=folder,
-        device=session.device,
-        precision=session.precision,
-        quiet=session.quiet,
-        name=job.name,
-    )
+    if not path.is_file():
+        if seed == session.seeds[0]:
+            for later in session.jobs[session.jobs.index(job) :]:
+                _try(session, later)
+        _train(session, job, seed, folder)
+    # a network just trained is read like one of yesterday's, so that both give the same outcomes, bit for bit
+    checkpoints.load(str(path), model, defense=defense, data=data)
+    return Weights(model, _training_of(path, model), code, path)
+
+
+def _train(session: Session, job: Job, seed: int, folder: Path) -> None:
+    """Trains a network into its folder."""
+    with _charging(job):
+        _announce(session, job)
+        trained = train(
+            job.defense,
+            session.data,
+            seed=seed,
+            folder=folder,
+            device=session.device,
+            precision=session.precision,
+            quiet=session.quiet,
+            name=job.name,
+        )
     made = Training(
         source="trained",
         seed=seed,
@@ -291,20 +320,19 @@ def weigh(session: Session, job: Job, seed: int) -> Weights:
         stages=trained.history,
     )
     checkpoints.save(
-        path,
+        folder / "model.safetensors",
         trained.model.state_dict(),
         {
             "bench": bench.__version__,
             "defense": job.name,
-            "dataset": data.name,
+            "dataset": session.data.name,
             "recipe": job.recipe,
             "config": json.dumps(as_json(job.config)),
             "training": made.model_dump_json(),
         },
     )
     (folder / "state.pt").unlink(missing_ok=True)
-    session.say(f"trained {job.name} in {duration(trained.seconds)}: {path}")
-    return Weights(trained.model, made)
+    session.say(f"trained {job.name} in {duration(trained.seconds)}: {folder / 'model.safetensors'}")
 
 
 def evaluate(session: Session, job: Job, seed: int, weights: Weights, protocol: Protocol) -> Record:
@@ -317,13 +345,13 @@ def evaluate(session: Session, job: Job, seed: int, weights: Weights, protocol: 
         data_hash=data.test.hash,
         defense=job.name,
         config=as_json(job.config),
-        recipe=job.recipe if len(job.kind.recipes) and session.checkpoint is None else None,
+        recipe=job.recipe if weights.training.source == "trained" else None,
         model_hash=_hash(weights.model),
         protocol=_protocol(protocol, radius, columns, session.batch_size),
         seed=seed,
         samples=n,
         precision=session.precision,
-        code=_code(job.kind),
+        code=weights.code,
     )
     folder = records.folder(session.results, asked)
     finished = records.read(folder)
@@ -331,14 +359,12 @@ def evaluate(session: Session, job: Job, seed: int, weights: Weights, protocol: 
         session.say(f"{job.name}, {protocol.name}, seed {seed}: done before, {folder}")
         return finished
     started, began = datetime.now(timezone.utc), time.perf_counter()
-    evaluator = _evaluator(session, weights.model, seed, protocol)
-    if weights.loaded is not None:
-        checkpoints.check_clean(
-            weights.loaded, 100 * evaluator.clean_accuracy(np.arange(n), session.batch_size), n
-        )
+    evaluator = _evaluator(session, job, weights.model, seed, protocol)
+    _confirm(session, job, weights, evaluator)
     programs = plan(columns, random=evaluator.random)
     parts = Parts(folder / "parts")
-    _attack_all(evaluator, programs, parts, n, session, f"{job.name}: {protocol.name}")
+    with _naming(job):
+        _attack_all(evaluator, programs, parts, n, session, f"{job.name}: {protocol.name}")
     outcomes = parts.outcomes([column.name for column in columns])
     record = Record(
         asked=asked,
@@ -373,7 +399,8 @@ def sandwich(outcomes: bytes, columns: Sequence[Column], mixture: RoutedModel | 
         return [
             "hard routing, and no attack that knows of it: gradients do not see the gate; ask for --protocol adaptive"
         ]
-    table = pq.read_table(io.BytesIO(outcomes), columns=["index", "column", "robust"]).to_pandas()
+    file = pq.ParquetFile(pa.BufferReader(outcomes), pre_buffer=False)
+    table = file.read(columns=["index", "column", "robust"], use_threads=False).to_pandas()
     robust = table.pivot(index="index", columns="column", values="robust")
     counted = [column.name for column in columns if not column.diagnostic]
     missed = int((robust[BOUND] & ~robust[counted].all(axis=1)).sum())
@@ -391,13 +418,28 @@ def _columns(protocol: Protocol, radius: float, model: nn.Module) -> list[Column
     return protocol.columns(radius, kind, legacy=hasattr(model, "legacy_aims"))
 
 
+def _confirm(session: Session, job: Job, weights: Weights, evaluator: Evaluator) -> None:
+    """Compares the clean accuracy that a checkpoint states with the one it has: on all test images, as it was stated."""
+    loaded, n = weights.loaded, len(session.data.test)
+    if loaded is None or loaded.clean is None or weights.confirmed:
+        return
+    right = 0.0
+    with _naming(job), progress(f"{job.name}: clean accuracy", n, quiet=session.quiet) as meter:
+        for start in range(0, n, session.batch_size):
+            index = np.arange(start, min(start + session.batch_size, n))
+            right += evaluator.clean_accuracy(index, session.batch_size) * len(index)
+            meter.advance(len(index))
+    checkpoints.check_clean(loaded, 100 * right / n, n)
+    weights.confirmed = True
+
+
 def _attack_all(
     evaluator: Evaluator, programs: Sequence[Program], parts: Parts, n: int, session: Session, what: str
 ) -> None:
     """Every image that no earlier call has finished, batch by batch, each put away when it is done."""
     left = np.setdiff1d(np.arange(n), parts.done())
     try:
-        with progress(what, n, done=n - len(left), quiet=session.quiet) as meter:
+        with terminable(), progress(what, n, done=n - len(left), quiet=session.quiet) as meter:
             for start in range(0, len(left), session.batch_size):
                 batch: Batch = evaluator.run(programs, left[start : start + session.batch_size])
                 parts.add(batch)
@@ -409,9 +451,32 @@ def _attack_all(
         ) from None
 
 
+@contextmanager
+def terminable() -> Iterator[None]:
+    """Makes SIGTERM what Ctrl-C is; the handler there was is put back. In the main thread only: no other may ask."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def stop(number: int, frame: object) -> None:
+        raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGTERM, stop)
+    try:
+        yield
+    finally:
+        # None stands for a handler that is not Python's, which Python cannot put back
+        signal.signal(signal.SIGTERM, signal.SIG_DFL if before is None else before)
+
+
 def _job(name: str, kind: type[Defense[Any]], recipe: str, settings: Mapping[str, object]) -> Job:
     if recipe not in kind.recipes:
-        raise UsageError(f"{name!r} has no recipe {recipe!r}; it has {', '.join(kind.recipes)}")
+        there = (
+            f"it has {', '.join(kind.recipes)}"
+            if kind.recipes
+            else "it needs recipes = {'tiny': Config(), ...}"
+        )
+        raise UsageError(f"{name!r} has no recipe {recipe!r}; {there}")
     try:
         return Job(name, kind, recipe, replaced(kind.recipes[recipe], settings))
     except UsageError as error:
@@ -420,14 +485,72 @@ def _job(name: str, kind: type[Defense[Any]], recipe: str, settings: Mapping[str
 
 def _build(job: Job, data: Dataset, seed: int) -> nn.Module:
     try:
-        return initial(job.defense, data, seed)
+        with _charging(job):
+            model = initial(job.defense, data, seed)
     except BenchError:
         raise
     except Exception as error:
-        # whatever a stranger's build raises, its author must hear of it in one line
+        # whatever a build raises for some dataset, it must be heard of in one line
         raise UsageError(
             f"{job.name!r} cannot be built for {data.name}: {type(error).__name__}: {error}"
         ) from error
+    if not isinstance(model, nn.Module):
+        raise UsageError(f"{job.name!r}: build must return an nn.Module, not a {type(model).__name__}")
+    if any(nn.parameter.is_lazy(parameter) for parameter in model.parameters()):
+        raise UsageError(f"{job.name!r} has lazy layers; give them the sizes that `data` tells")
+    return model
+
+
+def _stages(job: Job, data: Dataset) -> Sequence[Stage]:
+    with _charging(job):
+        return job.defense.stages(data)
+
+
+@contextmanager
+def _charging(job: Job) -> Iterator[None]:
+    """Charges what the code of a stranger's defense raises to its file and line; what ours raises is our bug."""
+    try:
+        yield
+    except BenchError:
+        raise
+    except torch.OutOfMemoryError as error:
+        raise UsageError(
+            f"{job.name!r} runs out of memory; a smaller batch helps: --set batch_size=N"
+        ) from error
+    except Exception as error:
+        written = getattr(job.kind, "function", job.kind)
+        module = str(written.__module__)
+        line = registry.line_of(error, module)
+        if line is None or module.split(".")[0] in registry.PACKAGES:
+            raise
+        file = Path(getattr(sys.modules.get(module), "__file__", None) or module).name
+        raise UsageError(
+            f"{job.name!r} ({file}, line {line}) raises {type(error).__name__}: {error}"
+        ) from error
+
+
+def _try(session: Session, job: Job) -> None:
+    """Builds a network and shows it two images.
+
+    Raises:
+        UsageError: it cannot be built, or its training is not what it must be.
+        VoidRun: it does not give logits.
+    """
+    model = _build(job, session.data, session.seeds[0]).to(session.device).eval()
+    _stages(job, session.data)
+    x, _ = session.data.train.batch(slice(0, 2), session.device)
+    with _naming(job), before_any_attack():
+        Judge(model, len(session.data.classes), Cost())(x, x, None)
+
+
+@contextmanager
+def _naming(job: Job) -> Iterator[None]:
+    """Says of which defense a run became void: several may have been asked for."""
+    try:
+        yield
+    except VoidRun as error:
+        kind = AttackCrash if isinstance(error, AttackCrash) else VoidRun
+        raise kind(f"{job.name}: {error}", error.rows) from error
 
 
 def _announce(session: Session, job: Job) -> None:
@@ -448,13 +571,13 @@ def _announce(session: Session, job: Job) -> None:
         raise Interrupted("nothing was trained")
 
 
-def _training_folder(session: Session, job: Job, seed: int) -> Path:
+def _training_folder(session: Session, job: Job, seed: int, code: str) -> Path:
     asked = {
         "config": as_json(job.config),
         "data": session.data.train.hash,
         "seed": seed,
         "precision": session.precision,
-        "code": _code(job.kind),
+        "code": code,
     }
     key = hashlib.sha256(json.dumps(asked, sort_keys=True).encode()).hexdigest()[:12]
     return (
@@ -476,38 +599,43 @@ def _training_of(path: Path, model: nn.Module) -> Training:
     return Training.model_validate_json(stored)
 
 
-def _evaluator(session: Session, model: nn.Module, seed: int, protocol: Protocol) -> Evaluator:
-    return Evaluator(
-        model,
-        classes=len(session.data.classes),
-        split=session.data.test,
-        seed=seed,
-        success=protocol.success,
-        precision=session.precision,
-        device=session.device,
-    )
+def _evaluator(session: Session, job: Job, model: nn.Module, seed: int, protocol: Protocol) -> Evaluator:
+    try:
+        with _naming(job):
+            return Evaluator(
+                model,
+                classes=len(session.data.classes),
+                split=session.data.test,
+                seed=seed,
+                success=protocol.success,
+                precision=session.precision,
+                device=session.device,
+            )
+    except BenchError:
+        raise
+    except Exception as error:
+        # the model was run forward and backward here: whatever it raises, there is no number
+        raise VoidRun(
+            f"{job.name}: this model cannot be evaluated: {type(error).__name__}: {error}"
+        ) from error
 
 
 def _samples(session: Session) -> int:
-    there = len(session.data.test)
-    if session.samples is None:
-        return there
-    if not 1 <= session.samples <= there:
-        raise UsageError(
-            f"{session.data.name} has {there} test images; --samples must be from 1 to {there}, not {session.samples}"
-        )
-    return session.samples
+    return len(session.data.test) if session.samples is None else session.samples
 
 
 def _radius(eps: float | str | None) -> float | None:
     if eps is None:
         return None
     try:
-        value = number(eps)
+        value = float(number(eps))  # type: ignore[arg-type]
     except ValueError as error:
         raise UsageError(f"eps: {error}") from None
-    assert isinstance(value, (int, float))
-    return float(value)
+    except TypeError:
+        raise UsageError(f"eps: {eps!r} is not a number; write 0.03 or 8/255") from None
+    if not math.isfinite(value):
+        raise UsageError(f"eps: {eps!r} is not a finite number; write 0.03 or 8/255")
+    return value
 
 
 def _device(name: str) -> torch.device:
@@ -562,22 +690,72 @@ def _hash(model: nn.Module) -> str:
     return digest.hexdigest()
 
 
-def _code(kind: type[Defense[Any]]) -> str:
-    """A hash of the file that defines a defense, blind to comments, docstrings and layout."""
-    written = getattr(kind, "function", kind)
+def _code(kind: type[Defense[Any]], model: nn.Module) -> str:
+    """A hash of the files that define a defense and the parts of its network; libraries and the harness have versions."""
+    written: Any = getattr(kind, "function", kind)
+    parts = {*kind.__mro__, *(type(part) for part in model.modules())}
+    sources = {_source(written), *(_source(part) for part in parts if _is_local(part))}
+    return _sha256("\n".join(sorted(sources)))[:16]
+
+
+def _is_local(thing: type) -> bool:
+    """Whether a class is of a defense or a baseline, or of the user's own files."""
+    root = thing.__module__.split(".")[0]
+    if root in ("bench", "builtins"):
+        return False
+    if root in registry.PACKAGES:
+        return True
     try:
-        source = Path(inspect.getfile(written)).read_text(encoding="utf-8")
+        file = Path(inspect.getfile(thing)).resolve()
+    except (TypeError, OSError):
+        return True
+    paths = sysconfig.get_paths()
+    return not any(
+        file.is_relative_to(Path(paths[name]).resolve()) for name in ("stdlib", "purelib", "platlib")
+    )
+
+
+@functools.cache
+def _source(thing: Callable[..., Any]) -> str:
+    """A hash of the file that defines a class or a function, blind to comments, docstrings and layout.
+
+    It is read once, near the import: what is edited while a training runs is not what runs.
+    """
+    try:
+        source = Path(inspect.getfile(thing)).read_bytes()
         tree = ast.parse(source)
     except (TypeError, OSError, SyntaxError):
-        # defined in a console or a notebook: there is no file to hash
-        return ""
+        # defined in a console or a notebook: there is no file, but there is what it was compiled to
+        return _sha256(repr([_compiled(code) for code in _codes(thing)]))
     for node in ast.walk(tree):
         if (
             isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef))
             and ast.get_docstring(node) is not None
         ):
             node.body = node.body[1:]
-    return hashlib.sha256(ast.dump(tree).encode()).hexdigest()[:16]
+    return _sha256(ast.dump(tree))
+
+
+def _sha256(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def _codes(thing: Any) -> list[CodeType]:
+    members = (
+        [thing] if inspect.isfunction(thing) else [value for _, value in sorted(vars(thing).items(), key=str)]
+    )
+    return [member.__code__ for member in members if inspect.isfunction(member)]
+
+
+def _compiled(code: CodeType) -> str:
+    """What a function does, without where it stands."""
+    constants = [
+        _compiled(value)
+        if isinstance(value, CodeType)
+        else repr(sorted(map(repr, value)) if isinstance(value, frozenset) else value)
+        for value in code.co_consts
+    ]
+    return repr((code.co_code.hex(), code.co_names, code.co_varnames, constants))
 
 
 def _where(device: torch.device, started: datetime, seconds: float) -> Where:

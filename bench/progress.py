@@ -33,22 +33,23 @@ class Silent:
 class Lines:
     """A line a minute."""
 
-    def __init__(self, what: str, total: int) -> None:
-        self.what, self.total, self.done = what, total, 0
+    def __init__(self, what: str, total: int, done: int = 0) -> None:
+        self.what, self.total, self.before, self.done = what, total, done, done
         self.started = self.said = time.monotonic()
 
     def advance(self, amount: int = 1, note: str = "") -> None:
         """Counts, and speaks when a minute is over."""
         self.done += amount
         now = time.monotonic()
-        if now - self.said >= EVERY:
-            self.said = now
-            left = (now - self.started) / self.done * (self.total - self.done)
-            print(
-                f"{self.what}: {self.done} of {self.total}, about {duration(left)} left {note}".rstrip(),
-                file=sys.stderr,
-                flush=True,
-            )
+        if now - self.said < EVERY:
+            return
+        self.said = now
+        said = f"{self.what}: {self.done} of {self.total}"
+        # what an earlier run did says nothing of how quick this one is
+        if self.done > self.before:
+            left = (now - self.started) / (self.done - self.before) * (self.total - self.done)
+            said += f", about {duration(left)} left"
+        print(f"{said}, {note}" if note else said, file=sys.stderr, flush=True)
 
 
 @contextmanager
@@ -80,7 +81,7 @@ def progress(what: str, total: int, *, done: int = 0, quiet: bool = False) -> It
 
             yield Bar()
     else:
-        yield Lines(what, total - done)
+        yield Lines(what, total, done)
 
 
 def duration(seconds: float) -> str:

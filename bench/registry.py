@@ -13,8 +13,10 @@ import importlib
 import importlib.metadata
 import importlib.util
 import inspect
+import re
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -29,7 +31,21 @@ T = TypeVar("T")
 PACKAGES = ("defenses", "baselines")
 ENTRY_POINTS = "bench.defenses"
 
-_registered: dict[str, Any] = {}
+#: what a name may be: it is typed in lists that commas separate, and a colon ends a family
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._+-]*:?")
+
+
+@dataclass(frozen=True)
+class _Registered:
+    """A class or a function, and the module whose line registered it."""
+
+    thing: Any
+    owner: str
+
+
+_registered: dict[str, _Registered] = {}
+#: the plugins that were run: by module, the hash of what was run
+_plugins: dict[str, str] = {}
 
 
 @dataclass(frozen=True)
@@ -49,28 +65,33 @@ def register(name: str) -> Callable[[T], T]:
 
     Raises:
         DuplicateName: the name is taken.
+        UsageError: it is none, or one that could not be asked for.
     """
+    if not isinstance(name, str):
+        raise UsageError('`register` wants a name: write @bench.register("mine")')
+    if not _NAME.fullmatch(name):
+        raise UsageError(
+            f"{name!r} cannot be a name; use letters, digits and . _ + -, and a colon at the end for a family"
+        )
+
+    module = str(sys._getframe(1).f_globals.get("__name__", ""))
 
     def add(thing: T) -> T:
-        if name in _registered:
-            raise DuplicateName(
-                f"{name!r} is registered by {_origin(_registered[name])} already; choose another name"
-            )
-        if name not in _names_in(getattr(thing, "__module__", "")) and name in entries():
-            raise DuplicateName(
-                f"{name!r} is registered by {entries()[name].module} already; choose another name"
-            )
-        _registered[name] = thing
+        owner = _registered[name].owner if name in _registered else _claimed_elsewhere(name, module)
+        if owner is not None:
+            raise DuplicateName(f"{name!r} is registered by {_shown(owner)} already; choose another name")
+        _registered[name] = _Registered(thing, module)
         return thing
 
     return add
 
 
 def entries() -> dict[str, Entry]:
-    """Everything that can be asked for by name, in the order of the packages and then of the names.
+    """Everything that can be asked for by name: our packages' files in order, then installed ones, then plugins.
 
     Raises:
         DuplicateName: two files claim one name.
+        PluginError: a file in the packages is not Python.
     """
     found: dict[str, Entry] = {}
     for package in PACKAGES:
@@ -88,9 +109,9 @@ def entries() -> dict[str, Entry]:
                 f"{point.name!r} is registered by {found[point.name].module} and by the installed {point.value}"
             )
         found[point.name] = Entry(point.name, f"from {point.value}", point.value)
-    for name, thing in _registered.items():
+    for name, one in _registered.items():
         if name not in found:
-            found[name] = Entry(name, _first_line(inspect.getdoc(thing)), _origin(thing))
+            found[name] = Entry(name, _first_line(inspect.getdoc(one.thing)), one.owner)
     return found
 
 
@@ -101,21 +122,23 @@ def get(name: str) -> type[Defense[Any]]:
 
     Raises:
         UnknownName: there is none; the message names the nearest.
-        UsageError: it is there but cannot be imported.
+        PluginError: it is there, but its file fails.
+        UsageError: it is there, but is not what a defense must be.
     """
     known = entries()
+    if name.endswith(":") and name in known:
+        raise UsageError(f"{name!r} stands for many; add which one: {name}NAME")
     if name in known and name not in _registered:
         _import(known[name])
     if name in _registered:
-        return _as_defense(name, _registered[name])
-    if ":" in name:
-        prefix, rest = name.split(":", 1)
-        family = f"{prefix}:"
-        if family in known and family not in _registered:
+        return _as_defense(name, _registered[name].thing)
+    prefix, colon, rest = name.partition(":")
+    family = prefix + colon
+    if colon and family in known:
+        if family not in _registered:
             _import(known[family])
-        if family in _registered:
-            made: type[Defense[Any]] = _registered[family](rest)
-            return made
+        return _as_defense(name, _registered[family].thing(rest))
+    if colon:
         return _as_defense(name, _callable(prefix, rest, name))
     raise UnknownName(
         "defense", name, [n for n in known if not n.endswith(":")], "; `bench list defenses` shows all"
@@ -123,35 +146,95 @@ def get(name: str) -> type[Defense[Any]]:
 
 
 def load_plugin(path: str | Path) -> None:
-    """Runs a user's file, so that what it registers can be asked for; once per file.
+    """Runs a user's file, so that what it registers can be asked for: once, and anew when it was edited.
 
     Raises:
-        PluginError: there is no such file, or it fails.
+        PluginError: there is no such file, or it fails; nothing that it registered is kept then.
+        DuplicateName: it registers a name that is taken.
     """
     file = Path(path).resolve()
     if not file.is_file():
         raise PluginError(
             f"no plugin file {str(path)!r}; give the path of a Python file that uses @bench.register"
         )
+    try:
+        source = file.read_bytes()
+    except OSError as error:
+        raise PluginError(f"cannot read the plugin {str(path)!r}: {error.strerror}") from None
     name = f"bench_plugin_{file.stem}_{hashlib.sha256(str(file).encode()).hexdigest()[:8]}"
-    if name in sys.modules:
+    content = hashlib.sha256(source).hexdigest()
+    if _plugins.get(name) == content:
         return
     spec = importlib.util.spec_from_file_location(name, file)
-    if spec is None or spec.loader is None:
+    if spec is None:
         raise PluginError(f"{file} is not a Python file; plugins end in .py")
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[name] = module
-    before = set(_registered)
+    _unload(name)
+    _let_import(file.parent)
+    sys.modules[name] = module = importlib.util.module_from_spec(spec)
     try:
-        spec.loader.exec_module(module)
+        with _blaming(f"plugin {file.name}", name):
+            # not by the loader: its cache takes an edit within the clock's grain for none
+            exec(compile(source, str(file), "exec", dont_inherit=True), module.__dict__)
+    except BaseException:
+        _unload(name)
+        raise
+    _plugins[name] = content
+
+
+def line_of(error: BaseException, module: str) -> int | None:
+    """The innermost line of a module that an error came through; None where it came through none."""
+    trace, line = error.__traceback__, None
+    while trace is not None:
+        if trace.tb_frame.f_globals.get("__name__") == module:
+            line = trace.tb_lineno
+        trace = trace.tb_next
+    return line
+
+
+@contextmanager
+def _blaming(what: str, module: str) -> Iterator[None]:
+    """Charges whatever a file raises while it is imported to that file and its line, and keeps nothing of it."""
+    try:
+        yield
     except BaseException as error:
-        del sys.modules[name]
-        for added in set(_registered) - before:
-            del _registered[added]
-        if isinstance(error, (DuplicateName, KeyboardInterrupt)):
+        _forget(module)
+        if isinstance(error, (DuplicateName, PluginError, KeyboardInterrupt)):
             raise
-        line = _line_in(error, file)
-        raise PluginError(f"plugin {file.name}{line} raises {type(error).__name__}: {error}") from error
+        line = line_of(error, module)
+        where = f", line {line}," if line is not None else ""
+        said = " ".join(str(error).split())
+        raise PluginError(f"{what}{where} raises {type(error).__name__}: {said}") from error
+
+
+def _unload(module: str) -> None:
+    sys.modules.pop(module, None)
+    _plugins.pop(module, None)
+    _forget(module)
+
+
+def _forget(module: str) -> None:
+    for name in [name for name, one in _registered.items() if one.owner == module]:
+        del _registered[name]
+
+
+def _claimed_elsewhere(name: str, module: str) -> str | None:
+    """Where a file or an installed package claims this name, if that is not where `module` is."""
+    entry = entries().get(name)
+    if entry is None:
+        return None
+    if entry.module.split(".")[0] in PACKAGES:
+        ours = module == entry.module
+    else:
+        # a package that names its defense as an entry point may decorate it too
+        ours = module.split(".")[0] == entry.module.split(":")[0].split(".")[0]
+    return None if ours else entry.module
+
+
+def _shown(owner: str) -> str:
+    """A module as its author knows it: a plugin by its file."""
+    if not owner.startswith("bench_plugin_"):
+        return owner
+    return str(getattr(sys.modules[owner], "__file__", owner))
 
 
 def _as_defense(name: str, thing: Any) -> type[Defense[Any]]:
@@ -159,34 +242,57 @@ def _as_defense(name: str, thing: Any) -> type[Defense[Any]]:
 
     if inspect.isclass(thing) and issubclass(thing, Defense):
         return thing
-    if callable(thing):
+    # a network is called with images; the function that is wanted takes the dataset
+    if callable(thing) and not (_is_module(thing) and not inspect.isclass(thing)):
         return FunctionDefense.of(name, thing)
     raise UsageError(
         f"{name!r} is a {type(thing).__name__}; register a Defense subclass or a function data -> nn.Module"
     )
 
 
+def _is_module(thing: Any) -> bool:
+    from torch import nn
+
+    return isinstance(thing, nn.Module)
+
+
 def _callable(module: str, attribute: str, name: str) -> Any:
+    if not attribute or not all(part.isidentifier() for part in module.split(".")):
+        raise UsageError(f"{name!r} is not MODULE:FUNCTION, such as my_models:make")
+    _let_import(Path.cwd())
     try:
-        found = importlib.import_module(module)
-    except ModuleNotFoundError as error:
-        if error.name is not None and (module == error.name or module.startswith(error.name + ".")):
+        with _blaming(f"{name!r}: module {module}", module):
+            found = importlib.import_module(module)
+    except PluginError as error:
+        missing = error.__cause__
+        if isinstance(missing, ModuleNotFoundError) and f"{module}.".startswith(f"{missing.name}."):
             families = ", ".join(n + "NAME" for n in entries() if n.endswith(":"))
             raise UsageError(
                 f"no module named {module!r} for the defense {name!r}; MODULE:FUNCTION must be importable ({families} also exist)"
             ) from None
-        raise UsageError(f"{name!r} cannot be imported: {error}") from error
+        raise
     if not hasattr(found, attribute):
         raise UsageError(f"module {module!r} has no {attribute!r}")
     return getattr(found, attribute)
 
 
 def _import(entry: Entry) -> None:
-    if ":" in entry.module:
-        loaded = importlib.metadata.EntryPoint(entry.name, entry.module, ENTRY_POINTS).load()
-        _registered.setdefault(entry.name, loaded)
-    else:
-        importlib.import_module(entry.module)
+    module = entry.module.split(":")[0]
+    with _blaming(f"{entry.name!r}: module {module}", module):
+        if module.split(".")[0] in PACKAGES:
+            importlib.import_module(module)
+        else:
+            loaded = importlib.metadata.EntryPoint(entry.name, entry.module, ENTRY_POINTS).load()
+            if not inspect.ismodule(loaded) and entry.name not in _registered:
+                _registered[entry.name] = _Registered(loaded, module)
+    if entry.name not in _registered:
+        raise PluginError(f"{entry.module} does not register {entry.name!r} when it is imported")
+
+
+def _let_import(folder: Path) -> None:
+    """Makes a folder's modules importable, after everything else: a neighbour's name must not hide a library."""
+    if str(folder) not in sys.path:
+        sys.path.append(str(folder))
 
 
 def _files(package: str) -> list[Path]:
@@ -198,7 +304,8 @@ def _files(package: str) -> list[Path]:
 
 def _scan(file: Path) -> list[tuple[str, str]]:
     """The literal names that a file registers at its top level, with the first line of each one's docstring."""
-    tree = ast.parse(file.read_text(encoding="utf-8"), filename=str(file))
+    with _blaming(str(file), str(file)):
+        tree = ast.parse(file.read_bytes(), filename=str(file))
     about_file = _first_line(ast.get_docstring(tree))
     found = []
     for node in tree.body:
@@ -214,26 +321,5 @@ def _scan(file: Path) -> list[tuple[str, str]]:
     return found
 
 
-def _names_in(module: str) -> set[str]:
-    package, _, stem = module.partition(".")
-    if package not in PACKAGES or not stem:
-        return set()
-    return {name for file in _files(package) if file.stem == stem for name, _ in _scan(file)}
-
-
 def _first_line(text: str | None) -> str:
     return (text or "").strip().split("\n")[0]
-
-
-def _origin(thing: Any) -> str:
-    return f"{getattr(thing, '__module__', '?')}.{getattr(thing, '__qualname__', thing)}"
-
-
-def _line_in(error: BaseException, file: Path) -> str:
-    trace = error.__traceback__
-    line = None
-    while trace is not None:
-        if Path(trace.tb_frame.f_code.co_filename) == file:
-            line = trace.tb_lineno
-        trace = trace.tb_next
-    return f", line {line}," if line is not None else ""

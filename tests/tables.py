@@ -27,7 +27,11 @@ def tables() -> dict[Path, str]:
     }
     made[MEASURED / "tables" / "long.csv"] = render(MEASURED, format="csv", layout="long")
     # what `bench run` prints when it is told nothing
-    first = groups(record for record in read_all(MEASURED) if (record.asked.dataset, record.asked.protocol["name"]) == FIRST)
+    first = groups(
+        record
+        for record in read_all(MEASURED)
+        if (record.asked.dataset, record.asked.protocol["name"]) == FIRST
+    )
     first = [group for group in first if group.label in DEFAULT_DEFENSES.split(",")]
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
     before, rest = readme.split(OPEN)

@@ -24,7 +24,13 @@ def test_the_readmes_defense_is_registered_trained_and_evaluated(tmp_path, monke
     before = dict(registry._registered)
     monkeypatch.setattr(registry, "_registered", before)
     frame = bench.run(
-        defense="mine", dataset="digits", protocol="quick", plugin=plugin, results=tmp_path / "results", samples=100, quiet=True
+        defense="mine",
+        dataset="digits",
+        protocol="quick",
+        plugin=plugin,
+        results=tmp_path / "results",
+        samples=100,
+        quiet=True,
     )
     clean, *attacked = frame.accuracy
     assert clean > 60 and all(value < clean for value in attacked)
