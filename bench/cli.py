@@ -176,8 +176,9 @@ def run(
     """
     from bench import pipeline, plot, table
     from bench.long import frame, groups
+    from bench.session import prepare
 
-    session = pipeline.prepare(
+    session = prepare(
         protocol=list(protocol),
         attacks=attacks,
         samples=samples,
@@ -204,8 +205,9 @@ def run(
 def train(**shared: Any) -> None:
     """Train only; goes on where a stopped training stopped."""
     from bench import pipeline
+    from bench.session import prepare
 
-    for path in pipeline.train_session(pipeline.prepare(**_arguments(**shared))):
+    for path in pipeline.train_session(prepare(**_arguments(**shared))):
         click.echo(path)
 
 

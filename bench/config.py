@@ -64,6 +64,7 @@ def complaint(error: pydantic.ValidationError) -> str:
     if first["type"] in ("unexpected_keyword_argument", "extra_forbidden"):
         return f"{field}: no such setting"
     given = repr(first.get("input"))
+    given = given if len(given) <= 80 else f"{given[:77]}…"
     said = first["type"] == "value_error" and given in message
     return f"{field}: {message}" if said else f"{field}: {message}, got {given}"
 

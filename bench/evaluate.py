@@ -24,8 +24,17 @@ from bench.attacks.losses import LOSSES
 from bench.attacks.pgd import trajectory
 from bench.attacks.torchattacks import from_torchattacks
 from bench.data import Split
-from bench.errors import AttackCrash, BenchError, NonFinite, VoidRun
+from bench.errors import AttackCrash, BenchError, VoidRun
 from bench.fast import Precision, fast
+from bench.judge import (
+    Cost,
+    Counted,
+    Judge,
+    before_any_attack,
+    exact_arithmetic,
+    is_random,
+    seeded,
+)
 from bench.moe import Expert, as_mixture
 from bench.plan import Program
 from bench.protocol import Column
@@ -45,15 +54,6 @@ class Outcome:
     robust: Tensor
     restart: Tensor
     """the start that broke the image; -1 where none did"""
-
-
-@dataclass
-class Cost:
-    """What a program did: images times passes, and seconds."""
-
-    gradients: int = 0
-    forwards: int = 0
-    seconds: float = 0.0
 
 
 @dataclass
@@ -371,69 +371,6 @@ class Evaluator:
                         witness(steps, torch.arange(len(rows), device=x.device), here)
 
 
-class Judge:
-    """The deployed model in float32: is a perturbation legal, and what does the model say to it?
-
-    `judge(x_adv, x, threat)` gives predictions `(b,)`; without a threat model the images are taken as they are.
-    """
-
-    def __init__(
-        self, model: nn.Module, classes: int, cost: Cost, seed: tuple[int | str, ...] | None = None
-    ) -> None:
-        self.model, self.classes, self.cost, self.seed = model, classes, cost, seed
-
-    def __call__(self, x_adv: Images, x: Images, threat: ThreatModel | None) -> Tensor:
-        """Predictions `(b,)`.
-
-        Raises:
-            VoidRun: an image outside ball or box, logits of the wrong form, an input changed in place.
-            NonFinite: a logit is NaN or infinite.
-        """
-        if x_adv.shape != x.shape or x_adv.dtype != x.dtype:
-            raise VoidRun(
-                f"the attack returned {tuple(x_adv.shape)} {x_adv.dtype} for images {tuple(x.shape)} {x.dtype}"
-            )
-        if threat is not None:
-            legal = threat.contains(x_adv, x)
-            if not legal.all():
-                raise illegal(x_adv, x, threat, legal)
-        given = x_adv.clone()
-        self.cost.forwards += len(x_adv)
-        with torch.no_grad(), seeded(self.seed, self.cost.forwards, x.device):
-            logits = ask(self.model, given)
-        if (
-            not isinstance(logits, Tensor)
-            or logits.shape != (len(x), self.classes)
-            or not logits.is_floating_point()
-        ):
-            found = (
-                f"{tuple(logits.shape)} {logits.dtype}"
-                if isinstance(logits, Tensor)
-                else f"a {type(logits).__name__}"
-            )
-            raise VoidRun(
-                f"the model must return float logits {(len(x), self.classes)} for {self.classes} classes, but returned {found}"
-            )
-        if not torch.equal(given, x_adv):
-            raise VoidRun("the model changed its input in place; it must leave the images as they are")
-        finite = logits.isfinite().all(1)
-        if not finite.all():
-            raise NonFinite("logits", (~finite).nonzero().flatten().tolist())
-        return logits.argmax(1)
-
-
-def illegal(x_adv: Images, x: Images, threat: ThreatModel, legal: Tensor) -> VoidRun:
-    """What to say of images that are not allowed."""
-    size = (x_adv - x)[~legal].flatten(1)
-    size = size.abs().amax() if threat.norm == "Linf" else size.norm(dim=1).amax()
-    low, high = float(x_adv[~legal].min()), float(x_adv[~legal].max())
-    return VoidRun(
-        f"a perturbation of {threat.norm} size {size:.6g} (pixels {low:.4g} to {high:.4g}) leaves the ball of "
-        f"{threat.eps:.6g} or the box [0,1]",
-        (~legal).nonzero().flatten().tolist(),
-    )
-
-
 def settle(
     outcome: Outcome, rows: Tensor, prediction: Tensor, y: Labels, restart: int, *, only_broken: bool = False
 ) -> None:
@@ -457,63 +394,6 @@ def library_attack(
     )
 
 
-class Counted(nn.Module):
-    """The model that gradients come from, counting the images passed through it."""
-
-    def __init__(self, model: Model, cost: Cost, at_once: int | None = None) -> None:
-        super().__init__()
-        self.model, self.cost, self.at_once = model, cost, at_once
-        self.eval()
-
-    def forward(self, x: Images) -> Tensor:
-        """What the model says."""
-        self.cost.gradients += len(x)
-        return ask(self.model, x)
-
-
-def ask(model: Model, x: Images) -> Tensor:
-    """What the model says.
-
-    Raises:
-        VoidRun: it raises something.
-    """
-    try:
-        return model(x)
-    except BenchError:
-        raise
-    except torch.OutOfMemoryError as error:
-        raise VoidRun(
-            f"out of memory with {len(x)} images at a time; choose a smaller --batch-size"
-        ) from error
-    except Exception as error:
-        # a stranger's forward may raise anything; whatever it is, there is no number
-        raise VoidRun(
-            f"the model raised {type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
-        ) from error
-
-
-def is_random(model: nn.Module, x: Images) -> bool:
-    """Whether the model draws random numbers, or answers the same images differently the second time."""
-    before = torch.random.get_rng_state()
-    with torch.no_grad(), seeded((0, "probe"), 0, x.device):
-        state = torch.random.get_rng_state()
-        first, second = model(x.clone()), model(x.clone())
-        drew = not torch.equal(state, torch.random.get_rng_state())
-    assert torch.equal(before, torch.random.get_rng_state())
-    return drew or bool((first - second).abs().max() > 1e-6 * first.abs().max().clamp_min(1e-12))
-
-
-@contextmanager
-def seeded(address: tuple[int | str, ...] | None, call: int, device: torch.device) -> Iterator[None]:
-    """The global generator at an address, put back afterwards; left alone without one."""
-    if address is None:
-        yield
-        return
-    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
-        torch.manual_seed(Rng(*address, call).seed())
-        yield
-
-
 @contextmanager
 def named(program: Program, index: np.ndarray) -> Iterator[None]:
     """Says in which program, and on which images, a run became void."""
@@ -532,23 +412,3 @@ def named(program: Program, index: np.ndarray) -> Iterator[None]:
         raise AttackCrash(
             f"run void: the attack raised {what} (among images {index[0]}…{index[-1]}, column {columns})"
         ) from error
-
-
-@contextmanager
-def before_any_attack() -> Iterator[None]:
-    """Says that it is the model, as it was handed over, that cannot be evaluated."""
-    try:
-        yield
-    except VoidRun as error:
-        raise VoidRun(f"this model cannot be evaluated: {error} (first images, before any attack)") from error
-
-
-@contextmanager
-def exact_arithmetic() -> Iterator[None]:
-    """Float32 as float32: no TF32 in convolutions or products."""
-    conv, product = torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32
-    torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False
-    try:
-        yield
-    finally:
-        torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32 = conv, product

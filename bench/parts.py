@@ -13,7 +13,8 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from bench.evaluate import Batch, Cost
+from bench.evaluate import Batch
+from bench.judge import Cost
 from bench.record import atomic
 
 SCHEMA = pa.schema(

@@ -151,9 +151,8 @@ class Record(BaseModel):
         Raises:
             UsageError: the file is missing, or not the one this record was written with.
         """
-        import io
-
-        import pandas as pd
+        import pyarrow as pa
+        import pyarrow.parquet as pq
 
         assert self._folder is not None, "a record that was not read from disk"
         path = self._folder / "outcomes.parquet"
@@ -165,7 +164,11 @@ class Record(BaseModel):
             raise UsageError(
                 f"{path} is not what its record was written with; delete the folder and run again"
             )
-        return pd.read_parquet(io.BytesIO(content), columns=None if columns is None else list(columns))
+        # from memory and without reader threads: those may outlive a short process and abort it
+        file = pq.ParquetFile(pa.BufferReader(content), pre_buffer=False)
+        table = file.read(columns=None if columns is None else list(columns), use_threads=False)
+        frame: pd.DataFrame = table.to_pandas()
+        return frame
 
 
 def folder(results: Path, asked: Asked) -> Path:
@@ -187,11 +190,11 @@ def read(path: Path) -> Record | None:
     """
     file = path / "record.json"
     try:
-        text = file.read_text(encoding="utf-8")
+        content = file.read_bytes()
     except FileNotFoundError:
         return None
     try:
-        record = Record.model_validate_json(text)
+        record = Record.model_validate_json(content)
     except pydantic.ValidationError as error:
         from bench.config import complaint
 

@@ -473,7 +473,7 @@ def test_an_interruption_anywhere_else_is_one_line_too(refused, monkeypatch):
     def stop(*args, **options):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(pipeline, "prepare", stop)
+    monkeypatch.setattr("bench.session.prepare", stop)
     refused(FINE, "interrupted; what was finished is kept, the same command goes on from there", code=130)
 
 
@@ -486,7 +486,7 @@ def test_a_crash_of_an_attack_is_a_bug_and_still_one_line(refused, monkeypatch):
 
 
 def test_a_bug_of_ours_shows_where_and_asks_for_a_report(call, monkeypatch):
-    monkeypatch.setattr(pipeline, "prepare", lambda **options: {}["ours"])
+    monkeypatch.setattr("bench.session.prepare", lambda **options: {}["ours"])
     code, out, err = call(*FINE)
     assert (code, out) == (1, "") and "Traceback" in err and "KeyError: 'ours'" in err
     assert err.splitlines()[-1] == "bench: this is a bug of ours; please report it with the lines above"

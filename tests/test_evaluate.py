@@ -8,7 +8,8 @@ from bench import protocol as protocols
 from bench.attacks.losses import LOSSES
 from bench.attacks.pgd import pgd
 from bench.errors import AttackCrash, VoidRun
-from bench.evaluate import Cost, Evaluator, Judge
+from bench.evaluate import Evaluator
+from bench.judge import Cost, Judge
 from bench.plan import plan
 from bench.protocol import Protocol
 from bench.rng import Rng

@@ -9,7 +9,8 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 
-from bench.evaluate import Batch, Cost, Outcome
+from bench.evaluate import Batch, Outcome
+from bench.judge import Cost
 from bench.parts import Parts
 
 COLUMNS = ["clean", "fgsm-0.1", "pgd-10"]

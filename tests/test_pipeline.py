@@ -17,7 +17,7 @@ import torch
 import bench
 from bench import checkpoint as checkpoints
 from bench import data as datasets
-from bench import pipeline, registry
+from bench import pipeline, provenance, registry
 from bench.errors import CheckpointError, Interrupted, PluginError, UsageError, VoidRun
 from bench.evaluate import Evaluator
 from bench.long import HEADER
@@ -135,7 +135,7 @@ def test_a_run_gives_the_long_table_of_the_contract(folder):
 def test_a_finished_run_is_found_and_nothing_is_written_again(folder, monkeypatch):
     first, before = run(folder), state(folder)
     monkeypatch.setattr(Evaluator, "run", None)
-    monkeypatch.setattr(pipeline, "train", None)
+    monkeypatch.setattr("bench.weights.train", None)
     second = run(folder)
     assert first.equals(second) and state(folder) == before
 
@@ -302,7 +302,7 @@ def test_a_network_in_another_file_of_the_users_is_part_of_the_code(folder, monk
         # Python would take the edited file for the compiled one, within the second
         monkeypatch.setattr(sys, "dont_write_bytecode", True)
         (job,) = (session := pipeline.prepare(**asked(folder))).jobs
-        codes.append(pipeline._code(job.kind, job.defense.build(session.data)))
+        codes.append(provenance.code_hash(job.kind, job.defense.build(session.data)))
     assert codes[0] == codes[2] != codes[1]
 
 
@@ -310,21 +310,21 @@ def test_what_a_defense_inherits_is_part_of_its_code():
     kind = registry.get("resnet20")
     data = datasets.load("digits")
     model = kind(kind.recipes["tiny"]).build(data)
-    parts = {part for part in kind.__mro__ if pipeline._is_local(part)}
+    parts = {part for part in kind.__mro__ if provenance._is_local(part)}
     assert {part.__module__ for part in parts} == {"baselines.resnet_cifar", "baselines.plain"}
-    assert pipeline._code(kind, model) != pipeline._code(registry.get("resnet18"), model)
+    assert provenance.code_hash(kind, model) != provenance.code_hash(registry.get("resnet18"), model)
 
 
 def test_a_library_is_no_part_of_the_code():
-    assert not pipeline._is_local(torch.nn.Linear) and not pipeline._is_local(bench.Defense)
+    assert not provenance._is_local(torch.nn.Linear) and not provenance._is_local(bench.Defense)
 
 
 def test_a_file_that_is_edited_while_it_is_in_use_is_hashed_as_it_was(folder):
     (job,) = (session := pipeline.prepare(**asked(folder))).jobs
     model = job.defense.build(session.data)
-    before = pipeline._code(job.kind, model)
+    before = provenance.code_hash(job.kind, model)
     with_plugin(folder, "nn.Linear(64, 10))", "nn.Linear(64, 10), nn.ReLU())")
-    assert pipeline._code(job.kind, model) == before
+    assert provenance.code_hash(job.kind, model) == before
 
 
 @pytest.mark.parametrize(
@@ -342,7 +342,7 @@ def test_a_function_of_a_notebook_is_told_from_another_by_what_it_does(bodies, s
         names = {"__name__": "__main__"}
         exec(compile(f"from torch import nn\ndef mine(data):\n    return nn.{body}", "<cell>", "exec"), names)
         kind = bench.defense.FunctionDefense.of("mine", names["mine"])
-        codes.append(pipeline._code(kind, torch.nn.Linear(1, 1)))
+        codes.append(provenance.code_hash(kind, torch.nn.Linear(1, 1)))
     assert (codes[0] == codes[1]) is same
 
 
@@ -557,7 +557,7 @@ def test_training_alone_gives_the_checkpoints_that_a_run_then_uses(folder, monke
     paths = pipeline.train_session(pipeline.prepare(**asked(folder, seeds=2)))
     assert [path.name for path in paths] == ["model.safetensors"] * 2 and paths[0] != paths[1]
     assert not list(folder.rglob("state.pt")) and not (folder / "results" / "runs").exists()
-    monkeypatch.setattr(pipeline, "train", None)
+    monkeypatch.setattr("bench.weights.train", None)
     assert run(folder, seeds=2).seeds.tolist() == [2] * 4
 
 
@@ -570,7 +570,7 @@ def test_a_defense_with_nothing_to_train_says_so(folder):
 def test_a_long_training_is_announced_and_asked_about_where_there_is_somebody_to_ask(
     folder, monkeypatch, answer
 ):
-    monkeypatch.setattr(pipeline, "estimate", lambda *args, **options: 7300.0)
+    monkeypatch.setattr("bench.weights.estimate", lambda *args, **options: 7300.0)
     said, questions = [], []
 
     def ask(question):
@@ -591,7 +591,7 @@ def test_a_long_training_is_announced_and_asked_about_where_there_is_somebody_to
 
 
 def test_a_training_of_less_than_an_hour_is_not_announced(folder, monkeypatch):
-    monkeypatch.setattr(pipeline, "estimate", lambda *args, **options: 3599.0)
+    monkeypatch.setattr("bench.weights.estimate", lambda *args, **options: 3599.0)
     said = []
     bench.run(**asked(folder, say=said.append, ask=lambda question: pytest.fail(question)))
     assert all("will take" not in line for line in said)
@@ -674,7 +674,7 @@ def test_what_is_wrong_with_a_defense_is_said_in_a_line_and_trains_nothing(folde
 def test_what_is_wrong_with_the_second_defense_is_found_before_the_first_is_trained(folder, monkeypatch):
     with (folder / "mine.py").open("a") as file:
         file.write("\n@bench.register('second')\ndef second(data):\n    return nn.Linear(1, 1)\n")
-    monkeypatch.setattr(pipeline, "train", None)
+    monkeypatch.setattr("bench.weights.train", None)
     with pytest.raises(VoidRun, match="second: this model cannot be evaluated"):
         run(folder, defense="mine,second")
 
@@ -687,7 +687,7 @@ def test_what_is_wrong_with_the_test_images_is_found_before_anything_is_trained(
         np.savez(data / f"{which}.npz", images=images, labels=np.arange(40) % 10)
     prepared = pipeline.prepare(**asked(folder, dataset=f"npz:{data}", samples=None, recipe="tiny"))
     (data / "test.npz").write_bytes(b"no archive")
-    monkeypatch.setattr(pipeline, "train", None)
+    monkeypatch.setattr("bench.weights.train", None)
     with pytest.raises(UsageError, match=r"test.npz"):
         pipeline.run_session(prepared)
 
@@ -696,7 +696,7 @@ def test_a_crash_in_our_own_training_is_not_charged_to_the_plugin(folder, monkey
     def broken(*args, **options):
         raise KeyError("ours")
 
-    monkeypatch.setattr(pipeline, "train", broken)
+    monkeypatch.setattr("bench.weights.train", broken)
     with pytest.raises(KeyError, match="ours"):
         run(folder)
 

@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from bench import pipeline
+from bench import pipeline, weights
 from bench import protocol as protocols
 from bench.data import Split
 from bench.evaluate import Evaluator
@@ -90,7 +90,7 @@ def main() -> None:
         precision=args.precision,
     )
     data = session.data
-    model = pipeline.weigh(session, session.jobs[0], 0).model.eval().requires_grad_(False)
+    model = weights.weigh(session, session.jobs[0], 0).model.eval().requires_grad_(False)
     split = data.test
     if len(split) < args.samples and args.checkpoint is None:
         # the speed of an attack does not care whether an image was learnt from

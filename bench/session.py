@@ -1,0 +1,200 @@
+"""What was asked, settled: every name, number and file checked before anything is trained."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from bench import data as datasets
+from bench import protocol as protocols
+from bench import registry
+from bench.config import number, replaced
+from bench.data import Dataset
+from bench.defense import Defense
+from bench.errors import UsageError
+from bench.fast import Precision
+from bench.protocol import Protocol
+from bench.threat import threat_model
+
+if TYPE_CHECKING:
+    pass
+
+
+#: how many images are attacked at once, where nothing else is said
+BATCH_SIZE = {"cpu": 128, "cuda": 512}
+
+
+Say = Callable[[str], None]
+
+
+Ask = Callable[[str], bool]
+
+
+@dataclasses.dataclass(frozen=True)
+class Job:
+    """One defense with its settings."""
+
+    name: str
+    kind: type[Defense[Any]]
+    recipe: str
+    config: Any
+
+    @property
+    def defense(self) -> Defense[Any]:
+        """The defense, ready to build."""
+        return self.kind(self.config)
+
+
+@dataclasses.dataclass(frozen=True)
+class Session:
+    """Everything that was asked, checked: what a command hands on."""
+
+    data: Dataset
+    jobs: tuple[Job, ...]
+    protocols: tuple[Protocol, ...]
+    seeds: tuple[int, ...]
+    samples: int | None
+    eps: float | None
+    checkpoint: str | None
+    device: torch.device
+    batch_size: int
+    precision: Precision
+    results: Path
+    quiet: bool
+    say: Say
+    ask: Ask | None
+
+
+def prepare(
+    defense: str | Sequence[str] = "dwf",
+    dataset: str = "digits",
+    protocol: str | Sequence[str] = "dwf-paper",
+    *,
+    seed: int = 0,
+    seeds: int = 1,
+    samples: int | None = None,
+    eps: float | str | None = None,
+    recipe: str | None = None,
+    checkpoint: str | None = None,
+    settings: Mapping[str, object] | None = None,
+    attacks: Sequence[str] = (),
+    plugin: str | Path | None = None,
+    device: str = "auto",
+    batch_size: int | None = None,
+    precision: Precision = "fp32",
+    data_dir: str | Path | None = None,
+    results: str | Path = "results",
+    quiet: bool = False,
+    say: Say | None = None,
+    ask: Ask | None = None,
+) -> Session:
+    """What was asked, checked; see `run`.
+
+    Raises:
+        UsageError: anything that is not as it must be.
+    """
+    if plugin is not None:
+        registry.load_plugin(plugin)
+    names = defense.split(",") if isinstance(defense, str) else list(defense)
+    kinds = {name.strip(): registry.get(name.strip()) for name in names}
+    asked = [
+        protocols.with_attacks(protocols.load(p), attacks)
+        for p in dict.fromkeys([protocol] if isinstance(protocol, str) else protocol)
+    ]
+    data = datasets.load(dataset, Path(data_dir) if data_dir is not None else None)
+    radius = _radius(eps)
+    for one in asked:
+        if radius is not None:
+            threat_model(one.norm, radius)
+        for column in one.columns(one.radius(data.eps, radius)):
+            if column.attack != "clean":
+                threat_model(column.norm, column.eps)
+            if column.family.startswith("torchattacks:"):
+                from bench.attacks.torchattacks import attack_class
+
+                attack_class(column.family.split(":", 1)[1])
+    if checkpoint is not None and len(kinds) > 1:
+        raise UsageError(f"one checkpoint for {len(kinds)} defenses; give --defense one name")
+    if seeds < 1 or seed < 0:
+        raise UsageError(f"seed must be at least 0 and seeds at least 1, not {seed} and {seeds}")
+    if precision not in ("fp32", "bf16"):
+        raise UsageError(f"no precision {precision!r}; choose fp32 or bf16")
+    jobs = tuple(
+        _job(name, kind, recipe or ("tiny" if dataset == "digits" else "fast"), settings or {})
+        for name, kind in kinds.items()
+    )
+    where = _device(device)
+    if batch_size is not None and batch_size < 1:
+        raise UsageError(f"batch size must be at least 1, not {batch_size}")
+    if samples is not None and not 1 <= samples <= len(data.test):
+        raise UsageError(
+            f"{data.name} has {len(data.test)} test images; --samples must be from 1 to {len(data.test)}, not {samples}"
+        )
+    return Session(
+        data=data,
+        jobs=jobs,
+        protocols=tuple(asked),
+        seeds=tuple(range(seed, seed + seeds)),
+        samples=samples,
+        eps=radius,
+        checkpoint=checkpoint,
+        device=where,
+        batch_size=batch_size or BATCH_SIZE[where.type],
+        precision=precision,
+        results=Path(results),
+        quiet=quiet,
+        say=say or (lambda line: None),
+        ask=ask,
+    )
+
+
+def _job(name: str, kind: type[Defense[Any]], recipe: str, settings: Mapping[str, object]) -> Job:
+    if recipe not in kind.recipes:
+        there = (
+            f"it has {', '.join(kind.recipes)}"
+            if kind.recipes
+            else "it needs recipes = {'tiny': Config(), ...}"
+        )
+        raise UsageError(f"{name!r} has no recipe {recipe!r}; {there}")
+    try:
+        return Job(name, kind, recipe, replaced(kind.recipes[recipe], settings))
+    except UsageError as error:
+        raise UsageError(f"{name}: {error}") from None
+
+
+def samples_of(session: Session) -> int:
+    """How many test images are evaluated."""
+    return len(session.data.test) if session.samples is None else session.samples
+
+
+def _radius(eps: float | str | None) -> float | None:
+    if eps is None:
+        return None
+    try:
+        value = float(number(eps))  # type: ignore[arg-type]
+    except ValueError as error:
+        raise UsageError(f"eps: {error}") from None
+    except TypeError:
+        raise UsageError(f"eps: {eps!r} is not a number; write 0.03 or 8/255") from None
+    if not math.isfinite(value):
+        raise UsageError(f"eps: {eps!r} is not a finite number; write 0.03 or 8/255")
+    return value
+
+
+def _device(name: str) -> torch.device:
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise UsageError(f"no device {name!r}; choose auto, cpu, cuda or cuda:0") from None
+    if device.type not in BATCH_SIZE:
+        raise UsageError(f"no device {name!r}; choose auto, cpu, cuda or cuda:0")
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise UsageError(f"device {name!r} is not there; this machine has {torch.cuda.device_count()} GPUs")
+    return device
