@@ -1,42 +1,48 @@
-"""Makes everything that is derived from the kept records anew: tables, figures, and the README's table.
+"""Makes everything that is derived from the kept records anew: tables, figures, and the tables inside documents.
 
-python tests/tables.py            # write
-python tests/tables.py --check    # compare, and name what differs
+    python tests/tables.py            # write
+    python tests/tables.py --check    # compare, and name what differs
+
+A document holds a table between `<!-- table: DATASET PROTOCOL DEFENSE,DEFENSE -->` and `<!-- /table -->`.
 """
 
+import re
 import sys
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 MEASURED = ROOT / "results" / "measured"
-OPEN, CLOSE = "<!-- table: results/measured, digits -->\n", "<!-- /table -->"
-FIRST = ("digits", "dwf-paper")
+DOCUMENTS = (ROOT / "README.md", MEASURED / "README.md")
+TABLE = re.compile(r"<!-- table: (\S+) (\S+) (\S+) -->\n.*?<!-- /table -->", re.DOTALL)
 ENDINGS = {"markdown": "md", "latex": "tex", "csv": "csv"}
 
 
 def tables() -> dict[Path, str]:
     """What each derived text file must hold."""
-    from bench.cli import DEFAULT_DEFENSES
     from bench.long import groups
     from bench.record import read_all
     from bench.table import render, render_groups
+
+    records = list(read_all(MEASURED))
+
+    def filled(match: re.Match) -> str:
+        dataset, protocol, defenses = match.groups()
+        asked = [
+            record
+            for record in records
+            if (record.asked.dataset, record.asked.protocol["name"]) == (dataset, protocol)
+            and record.asked.defense in defenses.split(",")
+        ]
+        text = render_groups(groups(asked), format="markdown")
+        return f"<!-- table: {dataset} {protocol} {defenses} -->\n{text}<!-- /table -->"
 
     made = {
         MEASURED / "tables" / f"paper.{ending}": render(MEASURED, format=format, published=True)
         for format, ending in ENDINGS.items()
     }
     made[MEASURED / "tables" / "long.csv"] = render(MEASURED, format="csv", layout="long")
-    # what `bench run` prints when it is told nothing
-    first = groups(
-        record
-        for record in read_all(MEASURED)
-        if (record.asked.dataset, record.asked.protocol["name"]) == FIRST
-    )
-    first = [group for group in first if group.label in DEFAULT_DEFENSES.split(",")]
-    readme = (ROOT / "README.md").read_text(encoding="utf-8")
-    before, rest = readme.split(OPEN)
-    _, after = rest.split(CLOSE)
-    made[ROOT / "README.md"] = before + OPEN + render_groups(first, format="markdown") + CLOSE + after
+    for document in DOCUMENTS:
+        made[document] = TABLE.sub(filled, document.read_text(encoding="utf-8"))
     return made
 
 
