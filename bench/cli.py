@@ -264,7 +264,7 @@ def plot(results: Path, out: Path | None) -> None:
 @click.option("--json", "as_json", is_flag=True)
 def list_(what: str | None, plugin: Path | None, as_json: bool) -> None:
     """Print the names there are."""
-    from bench import attacks, data, protocol, registry
+    from bench import data, protocol, registry
 
     if plugin is not None:
         registry.load_plugin(plugin)
@@ -272,7 +272,7 @@ def list_(what: str | None, plugin: Path | None, as_json: bool) -> None:
         "defenses": {name: entry.summary for name, entry in registry.entries().items()},
         "datasets": data.names(),
         "protocols": protocol.names(),
-        "attacks": attacks.NAMES,
+        "attacks": protocol.ATTACKS,
     }
     chosen = {what: known[what]} if what else known
     if as_json:

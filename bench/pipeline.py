@@ -278,7 +278,7 @@ def _protocol(
         "eps": radius,
         "columns": [column.record().model_dump(mode="json") for column in columns],
     }
-    if any(column.family not in ("clean", "fgsm", "pgd") for column in columns):
+    if any(column.family not in ("clean", "fgsm", "pgd", "mixture") for column in columns):
         # libraries draw noise for whole batches, so there the batch size is part of the question
         stated["batch_size"] = batch_size
     return stated

@@ -25,7 +25,6 @@ from typing import Annotated, Any, Literal
 import pydantic
 from pydantic import BaseModel, ConfigDict, Field
 
-from bench.attacks import NAMES
 from bench.config import Number, Radius, complaint, number
 from bench.errors import ProtocolError, UnknownName
 from bench.record import ColumnRecord
@@ -35,6 +34,18 @@ if sys.version_info >= (3, 11):
 else:
     import tomli as tomllib
 
+#: what `attack = "…"` may say, with a line about each; a trailing colon stands for a family of names
+ATTACKS = {
+    "clean": "the images as they are",
+    "fgsm": "one step along the sign of the gradient (Goodfellow et al. 2015)",
+    "pgd": "projected gradient ascent from a random start (Madry et al. 2018)",
+    "ms-pgd": "pgd from several random starts; an image must survive them all",
+    "a-pgd": "pgd whose gradient is averaged over `eot` passes through the full model",
+    "adaptive": "everything that the harness knows against a mixture; nothing on other models",
+    "autoattack": "APGD-CE, APGD-T, FAB-T and Square in turn (Croce and Hein 2020), by their authors' code",
+    "torchattacks:": "any attack of the torchattacks library, by its class name",
+}
+
 #: attacks that are PGD with other words
 PGD_FAMILY = ("pgd", "ms-pgd", "a-pgd")
 #: what `adaptive` stands for on a mixture with a hard gate, and on one with a soft gate
@@ -42,6 +53,8 @@ HARD = ("frozen-gate", "soft-gate", "per-route", "all-experts", "sticky", "per-e
 SOFT = ("frozen-gate", "all-experts", "per-expert")
 #: the column that says which images every expert holds under its own attack
 BOUND = "every-expert"
+#: what `adaptive` may ask of a mixture and of nothing else
+ADAPTIVE = frozenset({*HARD, *SOFT, "legacy", BOUND})
 
 Mixture = Literal["hard", "soft"]
 
@@ -75,9 +88,9 @@ class ColumnSpec(BaseModel):
     @pydantic.field_validator("attack")
     @classmethod
     def _known(cls, attack: str) -> str:
-        if attack in NAMES or any(name.endswith(":") and attack.startswith(name) for name in NAMES):
+        if attack in ATTACKS or any(name.endswith(":") and attack.startswith(name) for name in ATTACKS):
             return attack
-        known = [name + "NAME" if name.endswith(":") else name for name in NAMES]
+        known = [name + "NAME" if name.endswith(":") else name for name in ATTACKS]
         raise ValueError(str(UnknownName("attack", attack, known)))
 
     @pydantic.model_validator(mode="after")

@@ -16,6 +16,7 @@ from bench import published as printed
 from bench import typeset
 from bench.errors import UsageError
 from bench.long import HEADER, WORST_CASE, Group, Measured, frame, groups, radius
+from bench.protocol import ADAPTIVE
 from bench.record import read_all
 from bench.stats import holm, mcnemar
 from bench.typeset import MISSING, Block, Cell, Row
@@ -120,7 +121,10 @@ def paper(found: Sequence[Group], *, published: bool) -> list[Block]:
     alike: dict[tuple[str, str, str], list[Group]] = {}
     for group in found:
         asked = group.records[0].asked
-        same = json.dumps([asked.samples, asked.data_hash, asked.protocol], sort_keys=True)
+        # what only a mixture is asked does not keep it from standing beside other networks
+        columns = [c for c in asked.protocol.get("columns", ()) if c["attack"] not in ADAPTIVE]
+        protocol = {**asked.protocol, "columns": columns}
+        same = json.dumps([asked.samples, asked.data_hash, protocol], sort_keys=True)
         alike.setdefault((group.dataset, group.protocol, same), []).append(group)
     return [_block(alike[key], published) for key in sorted(alike)]
 

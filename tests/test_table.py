@@ -423,3 +423,26 @@ def test_no_runs_are_no_table(tmp_path):
 def test_the_same_records_give_the_same_bytes(awkward):
     for format in ("text", "markdown", "latex", "csv"):
         assert render(awkward, format=format) == render(awkward, format=format)
+
+
+def test_a_mixture_that_is_asked_more_stands_beside_a_plain_network(tmp_path):
+    plain = [
+        ColumnRecord(name="clean", attack="clean"),
+        ColumnRecord(name="pgd-5", attack="pgd", epsilon=0.1, steps=5),
+    ]
+    more = [*plain, ColumnRecord(name="per-route", attack="per-route", epsilon=0.1, steps=5)]
+    for defense, columns in (("a", plain), ("b", more)):
+        protocol = {"name": "adaptive", "columns": [column.model_dump(mode="json") for column in columns]}
+        run(
+            tmp_path,
+            {"per-route": 30} if columns is more else {},
+            defense=defense,
+            columns=columns,
+            protocol=protocol,
+            n=100,
+        )
+    text = render(tmp_path, format="csv")
+    header, a, b = csv.reader(io.StringIO(text))
+    place = next(i for i, name in enumerate(header) if "per-route" in name)
+    assert (a[place], b[place]) == ("", "30.00")
+    assert (a[-1], b[-1]) == ("100.00", "30.00")
