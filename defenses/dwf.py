@@ -56,13 +56,17 @@ StepCounts = Annotated[tuple[AtLeastOne, ...], Field(min_length=1)]
 
 @config
 class Config:
-    """Radii and `step_size` in pixel units; `eps` is PGD's, by default the dataset's, `step_size` a quarter of it."""
+    """Radii and `step_size` in pixel units; `eps` is PGD's, by default the dataset's, `step_size` a quarter of it.
+
+    `mix_clean` shows FGSM experts the second half of each batch as it is.
+    """
 
     benign: Whole = 1
     fgsm: Whole = 4
     pgd: Whole = 4
     width: AtLeastOne = 64
     gate_width: AtLeastOne = 128
+    mix_clean: bool = False
     fgsm_eps: Radii = (0.01, 0.02, 0.03, 0.04, 0.05, 0.06, 0.07, 0.08, 0.09)
     pgd_steps: StepCounts = (10, 20, 30, 40, 50)
     eps: Radius | None = None
@@ -200,7 +204,10 @@ def own_images(model: Mixture, x: Images, y: Labels, c: Config, threat: Linf, rn
             )
             eps = torch.tensor([rng.at("eps", i).choice(c.fgsm_eps) for i in range(c.fgsm)], device=x.device)
             reach = eps.repeat_interleave(x.shape[1])[None, :, None, None]
-            parts.append((copies + reach * gradient.sign()).clamp(0, 1))
+            crafted = (copies + reach * gradient.sign()).clamp(0, 1)
+            if c.mix_clean:
+                crafted[len(x) // 2 :] = copies[len(x) // 2 :]
+            parts.append(crafted)
         if c.pgd:
             copies = x.repeat(1, c.pgd, 1, 1)
             first = c.benign + c.fgsm

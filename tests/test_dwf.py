@@ -182,6 +182,16 @@ def test_the_benign_expert_is_shown_clean_images_and_the_others_what_fools_them(
     assert all(not torch.equal(images[i], x) for i in range(1, EXPERTS))
 
 
+def test_fgsm_experts_may_be_shown_the_second_half_of_a_batch_clean():
+    images, x, _ = own(mixture(), mix_clean=True)
+    for i in (1, 2):
+        assert torch.equal(images[i][3:], x[3:])
+        assert all(
+            not torch.equal(crafted, clean) for crafted, clean in zip(images[i][:3], x[:3], strict=True)
+        )
+    assert all(not torch.equal(images[i][3:], x[3:]) for i in (3, 4))
+
+
 def test_every_experts_images_lie_in_its_ball_and_in_the_box():
     images, x, _ = own(mixture())
     for i in (1, 2):
