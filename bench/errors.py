@@ -63,24 +63,33 @@ class PluginError(UsageError):
 
 
 class VoidRun(BenchError):
-    """A run that must not become a number; `rows` are the positions in the batch that show it, if it is known."""
+    """A run that must not become a number.
 
-    def __init__(self, message: str, rows: Sequence[int] = ()) -> None:
+    `rows` are the positions in the batch that show it, if it is known; `code` names the cause, as findings do.
+    """
+
+    def __init__(self, message: str, rows: Sequence[int] = (), *, code: str = "void") -> None:
         super().__init__(message)
         self.rows = list(rows)
+        self.code = code
 
 
 class NonFinite(VoidRun):
     """Logits or gradients are NaN or infinite."""
 
     def __init__(self, what: str, rows: Sequence[int]) -> None:
-        super().__init__(f"{what} are NaN or infinite for {len(rows)} image(s) of the batch", rows)
+        super().__init__(
+            f"{what} are NaN or infinite for {len(rows)} image(s) of the batch", rows, code="non-finite"
+        )
 
 
 class AttackCrash(VoidRun):
     """An attack raised something: a bug of ours or of a library's."""
 
     exit_code = 1
+
+    def __init__(self, message: str, rows: Sequence[int] = ()) -> None:
+        super().__init__(message, rows, code="attack-crash")
 
 
 class Interrupted(BenchError):

@@ -25,6 +25,9 @@ SCHEMA = pa.schema(
         ("prediction", pa.int32()),
         ("robust", pa.bool_()),
         ("restart", pa.int16()),
+        ("step", pa.int16()),
+        ("share", pa.float32()),
+        ("selected", pa.float32()),
     ]
 )
 
@@ -57,6 +60,9 @@ class Parts:
             "prediction": np.concatenate([batch.outcomes[c].prediction.cpu().numpy() for c in columns]),
             "robust": np.concatenate([batch.outcomes[c].robust.cpu().numpy() for c in columns]),
             "restart": np.concatenate([batch.outcomes[c].restart.cpu().numpy() for c in columns]),
+            "step": np.concatenate([batch.outcomes[c].step.cpu().numpy() for c in columns]),
+            "share": np.concatenate([batch.outcomes[c].share.cpu().numpy() for c in columns]),
+            "selected": np.concatenate([batch.outcomes[c].selected.cpu().numpy() for c in columns]),
         }
         arrays = [pa.array(rows[field.name]).cast(field.type) for field in SCHEMA]
         costs = json.dumps({name: asdict(cost) for name, cost in batch.costs.items()})

@@ -2,7 +2,8 @@
 
     results/runs/<dataset>/<defense>/<protocol>-<key>/
         record.json        what was asked, what was run, where; written last: without it there is no result
-        outcomes.parquet   one row per image and column: index, label, column, prediction, robust, restart
+        outcomes.parquet   one row per image and column, as `Record.outcomes` says
+        void.json          in place of both: why this run must not become a number
         parts/             finished batches of a run that is under way
 
 `key` is a hash of what was asked, so a finished run is found again and a changed one lies beside it. Every file is
@@ -23,11 +24,12 @@ import pydantic
 from pydantic import BaseModel, ConfigDict
 
 from bench.errors import UsageError
+from bench.finding import Finding, Verdict, verdict
 
 if TYPE_CHECKING:
     import pandas as pd
 
-SCHEMA: Literal[1] = 1
+SCHEMA: Literal[2] = 2
 
 
 class Asked(BaseModel):
@@ -77,6 +79,11 @@ class ColumnRecord(BaseModel):
     """whatever else the attack was given"""
     diagnostic: bool = False
     """whether it tells something other than the deployed model's robustness, and so counts for no worst case"""
+    survivors: bool = False
+    """whether it was shown only what the columns before it had left standing; its accuracy counts those that fell
+    before as fallen"""
+    part_of: str | None = None
+    """the column of an ensemble whose component this is"""
 
 
 class ProgramRecord(BaseModel):
@@ -121,12 +128,41 @@ class Training(BaseModel):
     stages: list[dict[str, Any]] = []
 
 
+class Facts(BaseModel):
+    """What the model was found to be before it was attacked."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    mixture: Literal["hard", "soft"] | None = None
+    """how it routes, where it is a mixture of experts"""
+    randomness: Literal["deterministic", "noisy", "stochastic", "re-seeded"] = "deterministic"
+    output: Literal["logits", "probabilities", "log-probabilities"] = "logits"
+    passes: int = 1
+    """the most often that a layer with parameters is called in one forward pass"""
+    draws: int = 1
+    """answers asked of a random model for each image that is scored"""
+
+
+class Audited(BaseModel):
+    """What looking for doubts cost."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    images: int
+    """how many the probes looked at"""
+    gradients: int
+    forwards: int
+    seconds: float
+    share: float
+    """of the run's own passes"""
+
+
 class Record(BaseModel):
     """All of a result but the outcomes."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    schema_version: Literal[1] = SCHEMA
+    schema_version: Literal[2] = SCHEMA
     asked: Asked
     columns: list[ColumnRecord]
     programs: list[ProgramRecord]
@@ -136,17 +172,35 @@ class Record(BaseModel):
     """the row of the paper's tables that this defense reproduces"""
     footnotes: list[str] = []
     """what a reader of any table must know, from the protocol"""
-    findings: list[str] = []
+    model: Facts = Facts()
+    findings: list[Finding] = []
     """what speaks against believing the numbers"""
+    verdict: Verdict = "credible"
+    """what the findings come to"""
+    audited: Audited | None = None
     outcomes_sha256: str
 
     _folder: Path | None = pydantic.PrivateAttr(default=None)
 
+    @pydantic.model_validator(mode="after")
+    def _agree(self) -> Record:
+        if self.verdict != verdict(self.findings):
+            raise ValueError(f"verdict {self.verdict} does not follow from the findings")
+        return self
+
     def outcomes(self, columns: Sequence[str] | None = None) -> pd.DataFrame:
-        """One row per image and column: index, label, column, prediction, robust, restart.
+        """One row per image and column.
+
+        - `index`, `label`, `column`: which image, and which question.
+        - `prediction`: of the image that the attack ended with.
+        - `robust`: whether the answer was right; of a random model, in every one of the draws.
+        - `restart`, `step`: the start, and the step after it, that broke the image; -1 where this column broke none.
+        - `share`: of the draws that were right; 1 or 0 for a deterministic model.
+        - `selected`: the same share over the draws that the attack chose its image by. `share` is over fresh ones, so
+          what a column is worth is read off `share`, and which column is worst for an image off `selected`.
 
         Args:
-            columns: which of these six to read; all of them by default.
+            columns: which of these nine to read; all of them by default.
 
         Raises:
             UsageError: the file is missing, or not the one this record was written with.

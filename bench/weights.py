@@ -236,5 +236,7 @@ def naming_defense(job: Job) -> Iterator[None]:
     try:
         yield
     except VoidRun as error:
-        kind = AttackCrash if isinstance(error, AttackCrash) else VoidRun
-        raise kind(f"{job.name}: {error}", error.rows) from error
+        said = f"{job.name}: {error}"
+        if isinstance(error, AttackCrash):
+            raise AttackCrash(said, error.rows) from error
+        raise VoidRun(said, error.rows, code=error.code) from error
