@@ -6,7 +6,7 @@ import json
 import os
 import sys
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -146,6 +146,7 @@ def asked(train_only: bool) -> Callable[[Command], Command]:
             help="Images attacked at once. [default: 128, on a GPU 512]",
         ),
         click.option("--explain", is_flag=True, help="Print the plan and its cost, and do nothing."),
+        click.option("--strict", is_flag=True, help="Exit with 2 unless every run is credible."),
         click.option("--json", "as_json", is_flag=True, help="Print the long table of these runs as JSON."),
     ]
 
@@ -167,6 +168,7 @@ def run(
     checkpoint: str | None,
     batch_size: int | None,
     explain: bool,
+    strict: bool,
     as_json: bool,
     **shared: Any,
 ) -> None:
@@ -190,14 +192,101 @@ def run(
     if explain:
         click.echo(pipeline.explain_session(session))
         return
-    found = groups(pipeline.run_session(session))
+    records = pipeline.run_session(session)
+    found = groups(records)
+    doubtful = [record for record in records if record.verdict != "credible"]
     if as_json:
         click.echo(frame(found).to_json(orient="records", indent=2))
+        _strict(strict, doubtful)
         return
     click.echo(table.render_groups(found, color=sys.stdout.isatty()).rstrip("\n"))
     drawn = plot.figures(session.results, session.results / "figures", datasets=[session.data.name])
     _say(f"figures: {', '.join(str(path) for path in drawn if path.suffix == '.png')}" if drawn else "")
     _say(f"records: {session.results / 'runs'}; `bench table` and `bench plot` show all of them")
+    for record in records:
+        codes = ", ".join(finding.code for finding in record.findings if finding.severity != "informs")
+        name = f"{record.asked.defense}, {record.asked.protocol['name']}, seed {record.asked.seed}"
+        more = f" ({codes}); `bench audit {record.asked.key}` says why" if codes else ""
+        _say(f"audit: {name}: {record.verdict}{more}")
+    _strict(strict, doubtful)
+
+
+def _strict(strict: bool, doubtful: Sequence[Any]) -> None:
+    if strict and doubtful:
+        first = doubtful[0]
+        raise UsageError(
+            f"--strict: {len(doubtful)} run(s) are not credible, first {first.asked.defense} "
+            f"({first.verdict}: {', '.join(f.code for f in first.findings if f.severity != 'informs')})"
+        )
+
+
+@commands.command()
+@click.argument("run_", metavar="RUN")
+@click.option(
+    "--results", type=click.Path(path_type=Path), default=Path("results"), show_default=True, metavar="DIR"
+)
+@click.option("--strict", is_flag=True, help="Exit with 2 unless the run is credible.")
+@click.option("--json", "as_json", is_flag=True)
+def audit(run_: str, results: Path, strict: bool, as_json: bool) -> None:
+    """Say what speaks against believing a run.
+
+    RUN is its folder, or any part of dataset/defense/protocol-key that only it has.
+    """
+    from bench.audit import kept as audits
+    from bench.finding import verdict
+    from bench.record import find, read, read_void
+
+    folder = find(results, run_)
+    record, void = read(folder), read_void(folder)
+    found = audits.again(record) if record is not None else void.findings if void is not None else []
+    come_to = verdict(found)
+    click.echo(
+        audits.as_json(found, come_to)
+        if as_json
+        else audits.as_text(found, come_to, "/".join(folder.parts[-3:]))
+    )
+    if not as_json and record is not None and record.audited is not None:
+        cost = record.audited
+        click.echo(
+            f"probed {cost.images} images, {100 * cost.share:.1f} % of the run's own passes, {cost.seconds:.1f} s"
+        )
+    if strict and come_to != "credible":
+        raise UsageError(f"--strict: the run is {come_to}")
+
+
+@commands.command()
+@click.argument("model")
+@click.option("--dataset", default="digits", show_default=True, help="Whose images it is shown.")
+@click.option("--checkpoint", metavar="PATH|hf_hub:NAME|URL", help="Weights in place of untrained ones.")
+@click.option("--recipe", type=click.Choice(["tiny", "fast", "paper"]))
+@click.option(
+    "--set", "settings", multiple=True, metavar="KEY=VALUE", help="A field of the defense's config."
+)
+@click.option("--device", default="auto", show_default=True, metavar="auto|cpu|cuda[:i]")
+@click.option("--data-dir", type=click.Path(path_type=Path), help="Where the datasets' files are.")
+@click.option("--plugin", type=click.Path(path_type=Path), metavar="FILE.py")
+@click.option("--json", "as_json", is_flag=True)
+def check(model: str, as_json: bool, settings: tuple[str, ...], **asked: Any) -> None:
+    """See in seconds whether MODEL is what an attack can be run on: a function from pixels to logits.
+
+    MODEL is a defense's name, or MODULE:FUNCTION.
+    """
+    from bench import pipeline
+    from bench.audit import kept as audits
+    from bench.finding import verdict
+    from bench.session import prepare
+
+    session = prepare(defense=[model], settings=dict(_setting(text) for text in settings), say=_say, **asked)
+    for name, contract in pipeline.check_session(session):
+        come_to = verdict(contract.findings)
+        if as_json:
+            click.echo(audits.as_json(contract.findings, come_to))
+        else:
+            facts = contract.facts
+            click.echo(audits.as_text(contract.findings, come_to, name))
+            click.echo(f"  {facts.randomness}, gives {facts.output}, {facts.passes} pass(es) a call")
+        if come_to == "void":
+            raise UsageError(f"{model} cannot be evaluated as it is")
 
 
 @commands.command()
@@ -224,21 +313,90 @@ def train(**shared: Any) -> None:
 )
 @click.option("--layout", type=click.Choice(["paper", "long"]), default="paper", show_default=True)
 @click.option("--published", is_flag=True, help="The paper's own figures beside ours.")
+@click.option(
+    "--compare-to", metavar="DEFENSE", help="Mark what differs from this row on the same images (McNemar)."
+)
 @click.option("--json", "as_json", is_flag=True, help="The long table as JSON.")
-def table(results: Path, format_: str, layout: str, published: bool, as_json: bool) -> None:
+def table(
+    results: Path, format_: str, layout: str, published: bool, compare_to: str | None, as_json: bool
+) -> None:
     """Print what was measured."""
     if as_json:
+        if compare_to is not None:
+            raise UsageError("--json has no place for --compare-to; take a format of the paper's layout")
         from bench.long import load_results
 
         click.echo(load_results(results).to_json(orient="records", indent=2))
         return
     from bench.table import render
 
-    click.echo(
-        render(results, format=format_, layout=layout, published=published, color=sys.stdout.isatty()).rstrip(
-            "\n"
-        )
+    text = render(
+        results,
+        format=format_,
+        layout=layout,
+        published=published,
+        compare_to=compare_to,
+        color=sys.stdout.isatty(),
     )
+    click.echo(text.rstrip("\n"))
+
+
+@commands.command()
+@click.argument("files", nargs=-1, required=True, metavar="TABLE.csv…", type=click.Path(path_type=Path))
+@click.option("--strict", is_flag=True, help="Exit with 2 where something warns.")
+@click.option("--json", "as_json", is_flag=True)
+def lint(files: tuple[Path, ...], strict: bool, as_json: bool) -> None:
+    """Say what speaks against a table of accuracies, anybody's; no model is needed.
+
+    The rows of several files are joined. Understood are our own tables, a line per accuracy, and a line per
+    defense under headings such as Clean, FGSM 0.01, PGD-20 (8/255), AutoAttack.
+    """
+    from bench import lint as rules
+    from bench.accuracies import read
+    from bench.finding import verdict
+
+    given = read(files)
+    for note in given.notes:
+        _say(f"bench: {note}")
+    found = rules.findings(given)
+    if as_json:
+        said = {"verdict": verdict(found), "findings": [finding.model_dump() for finding in found]}
+        click.echo(json.dumps(said, indent=2, ensure_ascii=False))
+    else:
+        click.echo(rules.as_text(found, given))
+    if strict and verdict(found) != "credible":
+        raise UsageError(f"--strict: the table is {verdict(found)}")
+
+
+@commands.command()
+@click.argument("accuracies", nargs=-1, type=float, metavar="[PERCENT PERCENT]")
+@click.option(
+    "--discordant", type=float, metavar="PERCENT", help="Images that only one of the two gets right."
+)
+@click.option("--defense", metavar="A,B", help="Measure that in two finished runs instead.")
+@click.option("--dataset", default="digits", show_default=True, help="Of these runs.")
+@click.option("--protocol", default="dwf-paper", show_default=True, help="Of these runs.")
+@click.option("--column", default="worst-case", show_default=True, help="Of their protocol.")
+@click.option(
+    "--results", type=click.Path(path_type=Path), default=Path("results"), show_default=True, metavar="DIR"
+)
+@click.option("--alpha", type=float, default=0.05, show_default=True, help="The level of the test.")
+@click.option("--power", type=float, default=0.8, show_default=True, help="How often it shall find it.")
+@click.option("--json", "as_json", is_flag=True)
+def power(
+    accuracies: tuple[float, ...], defense: str | None, results: Path, as_json: bool, **asked: Any
+) -> None:
+    """Say how many images it takes to tell two rows apart, by McNemar's exact test.
+
+    \b
+    bench power 50.1 52.0                         two accuracies
+    bench power 50.1 52.0 --discordant 12         which differ on 12 % of the images
+    bench power --defense dwf,soe --dataset digits --protocol dwf-paper
+    """
+    from bench import compare
+
+    answer = compare.asked(accuracies, defense, results, **asked)
+    click.echo(json.dumps(answer.as_json(), indent=2, ensure_ascii=False) if as_json else answer)
 
 
 @commands.command()

@@ -22,8 +22,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
-from typing import ClassVar, Generic, Literal, TypeVar
+from dataclasses import dataclass, field
+from typing import Any, ClassVar, Generic, Literal, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -32,6 +32,7 @@ from torch.optim import SGD
 from bench.config import config
 from bench.data import Dataset
 from bench.errors import UsageError
+from bench.held_out import HeldOut
 from bench.rng import Rng
 from bench.types import Images, Labels
 
@@ -41,6 +42,8 @@ C = TypeVar("C")
 Loss = Callable[[nn.Module, Images, Labels, Rng], Tensor]
 #: a whole step on one batch, by the paper's own rule: `(model, x, y, rng, optimisers) -> mean loss ()`
 Update = Callable[[nn.Module, Images, Labels, Rng, Sequence[SGD]], Tensor]
+#: what to log of an epoch: `(model, held-out images, this stage's rows so far, this epoch's last) -> numbers by name`
+Observe = Callable[[nn.Module, HeldOut, Sequence[Mapping[str, Any]]], Mapping[str, float]]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,6 +63,10 @@ class Stage:
         select: what decides the epoch to keep, measured on held-out training images: clean accuracy, accuracy
             under PGD-10 at the dataset's radius, or nothing (`last`).
         ema: decay of an exponential moving average of the weights, which is then what is kept; none by default.
+        observe: looks at the network after each epoch and names numbers, which join the epoch's row in the history.
+        memory: what `loss`, `update` and `observe` remember from one call to the next, tensors and numbers by name, beside
+            the weights: it is kept with them, so that a training that was stopped goes on as if it had not been.
+            `stages` makes it anew each time; stages that share it hand it on.
 
     Raises:
         UsageError: a number is out of its range, or not one of `loss` and `update` is given.
@@ -77,6 +84,8 @@ class Stage:
     groups: Callable[[nn.Module], Sequence[Sequence[nn.Parameter]]] | None = None
     select: Literal["clean", "robust", "last"] = "last"
     ema: float | None = None
+    observe: Observe | None = None
+    memory: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         for holds, needed in (

@@ -8,62 +8,36 @@ pass of its own, after the images were checked to lie in the ball. Nothing an at
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-from bench.attacks import mixture as mixtures
-from bench.attacks.autoattack import autoattack
-from bench.attacks.fgsm import sweep
-from bench.attacks.gradient import input_gradient, naming
+from bench.attacks.gradient import input_gradient
 from bench.attacks.losses import LOSSES
-from bench.attacks.pgd import trajectory
-from bench.attacks.torchattacks import from_torchattacks
+from bench.audit.contract import contract
 from bench.data import Split
+from bench.draws import DRAWS, RandomTrial, score
 from bench.errors import AttackCrash, BenchError, VoidRun
 from bench.fast import Precision, fast
-from bench.judge import (
-    Cost,
-    Counted,
-    Judge,
-    before_any_attack,
-    exact_arithmetic,
-    is_random,
-    seeded,
-)
-from bench.moe import Expert, as_mixture
+from bench.judge import Cost, Judge, before_any_attack, exact_arithmetic, is_random, seeded
+from bench.model import LogProbabilities
+from bench.moe import as_mixture
+from bench.outcome import Batch, Outcome
 from bench.plan import Program
-from bench.protocol import Column
-from bench.rng import Rng
-from bench.threat import ThreatModel, threat_model
+from bench.protocol import EIGHT_BIT
+from bench.threat import threat_model
+from bench.trial import Trial, rounded
 from bench.types import Images, Labels, Model
 
 #: how many pixels a CPU takes gradients of in one pass
 PIXELS_AT_ONCE = 65536
-
-
-@dataclass
-class Outcome:
-    """What became of a batch's images in one column; all `(b,)`."""
-
-    prediction: Tensor
-    robust: Tensor
-    restart: Tensor
-    """the start that broke the image; -1 where none did"""
-
-
-@dataclass
-class Batch:
-    """A finished batch: dataset positions, labels, an outcome for every column, a cost for every program."""
-
-    index: np.ndarray
-    labels: np.ndarray
-    outcomes: dict[str, Outcome] = field(default_factory=dict)
-    costs: dict[str, Cost] = field(default_factory=dict)
+#: how many images are asked again when everything is done
+REPEATED = 32
+#: how far its logits may then differ, relative to the largest: another order of the batch rounds differently
+SAME = 1e-3
 
 
 class Evaluator:
@@ -77,6 +51,7 @@ class Evaluator:
         success: `last` or `any`.
         precision: of gradients; judging is float32.
         device: where.
+        surrogates: other trained models, by the column that crafts on them.
 
     Raises:
         VoidRun: the model does not give finite float logits `(b, classes)`.
@@ -92,29 +67,65 @@ class Evaluator:
         success: str,
         precision: Precision = "fp32",
         device: torch.device | str = "cpu",
+        surrogates: Mapping[str, nn.Module] | None = None,
     ) -> None:
         self.model = model.to(device).eval().requires_grad_(False)
         self.classes, self.split, self.seed, self.success = classes, split, seed, success
         self.device = torch.device(device)
+        self.surrogates = {
+            name: one.to(device).eval().requires_grad_(False) for name, one in (surrogates or {}).items()
+        }
         # a CPU is quickest, and lean, where a pass of a layer fits its caches; 64 images of 32×32 are about that
         h, w = split.images.shape[1:3]
         self.at_once = max(1, PIXELS_AT_ONCE // (h * w)) if self.device.type == "cpu" else None
         self.mixture = as_mixture(self.model)
-        self.findings: list[str] = []
-        x, y = split.batch(slice(0, 8), self.device)
+        x, y = split.batch(slice(0, REPEATED), self.device)
         judge = Judge(self.model, classes, Cost())
         with exact_arithmetic(), before_any_attack(), seeded((seed, "probe"), 0, self.device):
-            judge(x, x, None)
-            self.random = is_random(self.model, x)
+            self._first = judge.logits(x, x, None)
+            self._parameters = fingerprint(self.model)
+            self.random = is_random(self.model, x[:8])
+            self.contract = contract(self.model, x, y, classes=classes, adaptive=self.mixture is not None)
+            self.facts = self.contract.facts.model_copy(
+                update={
+                    "mixture": None if self.mixture is None else "soft" if self.mixture.soft else "hard",
+                    "draws": DRAWS if self.random else 1,
+                    "classes": classes,
+                }
+            )
+            # probabilities are attacked as their logarithms
+            shown = self.facts.output == "probabilities"
+            self.attacked: nn.Module = LogProbabilities(self.model) if shown else self.model
             if self.random:
-                self.gradient_model: Model = self.model
+                self.gradient_model: Model = expectation(self.attacked)
                 self.about = "as it is (random)"
-                self.findings.append(
-                    "the model is random: outcomes are those of one draw, and of one batch size"
-                )
             else:
-                made = fast(self.model, x, y, precision)
+                made = fast(self.attacked, x[:8], y[:8], precision)
                 self.gradient_model, self.about = made.model, made.about
+
+    def unchanged(self) -> None:
+        """Asks the first images again, in another order: the model must still be the one that was attacked.
+
+        Raises:
+            VoidRun: its answers, its parameters or its buffers changed.
+        """
+        if not torch.equal(self._parameters, fingerprint(self.model)):
+            raise VoidRun(
+                "the model's parameters or buffers changed while it was attacked; it must not learn or count",
+                code="stateful",
+            )
+        if self.random:
+            return
+        x, _ = self.split.batch(slice(0, REPEATED), self.device)
+        with exact_arithmetic():
+            again = Judge(self.model, self.classes, Cost()).logits(x.flip(0), x.flip(0), None).flip(0)
+        difference = float((again - self._first).abs().max() / self._first.abs().max().clamp_min(1e-12))
+        if difference > SAME:
+            raise VoidRun(
+                f"asked again after the attacks, the model answers the first images differently (by {difference:.2g} of its "
+                "largest logit); what it says must depend on the image alone",
+                code="stateful",
+            )
 
     def clean_accuracy(self, index: np.ndarray, batch_size: int) -> float:
         """The share of these images that is classified as labelled."""
@@ -153,245 +164,124 @@ class Evaluator:
             VoidRun: a non-finite logit or gradient, or an illegal perturbation; names image, column and cause.
         """
         x, y = self.split.batch(index, self.device)
-        batch = Batch(index, y.cpu().numpy())
-        correct = torch.ones_like(y, dtype=torch.bool)
+        columns = [column for program in programs for column in program.columns]
+        diagnostics = frozenset(column.name for column in columns if column.diagnostic)
+        batch = Batch(index, y.cpu().numpy(), diagnostics=diagnostics)
+        radius = next((column.eps for column in columns if column.family == EIGHT_BIT), None)
+        # the images found at the radius, for whoever wants them rounded
+        found = None if radius is None else x.clone()
         with exact_arithmetic():
-            for program in programs:
+            for program in sorted(programs, key=lambda program: program.first.family == EIGHT_BIT):
                 cost, started = Cost(), time.perf_counter()
-                judge = Judge(
-                    self.model,
-                    self.classes,
-                    cost,
-                    seed=(self.seed, "judge", int(index[0])) if self.random else None,
-                )
+                address = (self.seed, "judge", program.name, int(index[0])) if self.random else None
+                judge = Judge(self.model, self.classes, cost, seed=address)
                 draws = (self.seed, program.name, int(index[0])) if self.random else None
                 with named(program, index), seeded(draws, 0, self.device):
-                    if program.first.family == "clean":
-                        prediction = judge(x, x, None)
-                        correct = prediction == y
-                        outcome = Outcome(prediction, correct, torch.full_like(y, -1))
-                        batch.outcomes[program.first.name] = outcome
-                    else:
-                        clean = batch.outcomes["clean"]
-                        self._attack(program, judge, cost, x, y, index, clean, batch.outcomes)
+                    self._answer(program, judge, x, y, batch, found, radius or 0.0)
                 if self.device.type == "cuda":
                     torch.cuda.synchronize(self.device)
                 cost.seconds = time.perf_counter() - started
                 batch.costs[program.name] = cost
         return batch
 
-    def _attack(
+    def _answer(
         self,
         program: Program,
         judge: Judge,
-        cost: Cost,
         x: Images,
         y: Labels,
-        index: np.ndarray,
-        clean: Outcome,
-        outcomes: dict[str, Outcome],
+        batch: Batch,
+        found: Images | None,
+        radius: float,
     ) -> None:
-        # a misclassified image needs no attack: it is broken, by start 0, as it stands
-        for column in program.columns:
-            outcomes[column.name] = Outcome(
-                clean.prediction.clone(), clean.robust.clone(), torch.where(clean.robust, -1, 0)
-            )
-        rows = clean.robust.nonzero().flatten()
-        if len(rows) == 0:
+        first, outcomes = program.first, batch.outcomes
+        if first.family == "clean":
+            outcomes[first.name] = score(judge, x, x, y, None) if self.random else _of(judge(x, x, None), y)
             return
-        if program.first.family == "fgsm":
-            self._fgsm(program, judge, cost, x[rows], y[rows], rows, outcomes)
-        elif program.first.family == "pgd":
-            self._pgd(program, judge, cost, x, y, index, outcomes)
-        elif program.first.family == "mixture":
-            self._mixture(program, judge, cost, x, y, index, outcomes)
-        else:
-            (column,) = program.columns
-            threat = threat_model(column.norm, column.eps)
-            rng = Rng(self.seed, column.name, int(index[0]))
-            with naming(rows):
-                x_adv = library_attack(column, Counted(self.model, cost), x[rows], y[rows], threat, rng)
-                settle(outcomes[column.name], rows, judge(x_adv, x[rows], threat), y[rows], 0)
+        clean = outcomes["clean"]
+        # a misclassified image needs no attack: it is broken, by start 0, as it stands
+        right = clean.robust if clean.share is None else clean.share > 0
+        for column in program.columns:
+            outcomes[column.name] = Outcome.of(clean.prediction, right)
+        if first.family == EIGHT_BIT:
+            self._eight_bit(first.norm, first.eps, judge, x, y, outcomes[first.name], found)
+            return
+        surrogate = self.surrogates.get(first.family)
+        trial = (RandomTrial if self.random else Trial)(
+            program,
+            judge,
+            self.attacked,
+            self.gradient_model,
+            x,
+            y,
+            batch.index,
+            {},
+            self.seed,
+            self.success,
+            self.at_once,
+            self.mixture,
+            surrogate,
+            found,
+            radius,
+        )
+        if any(column.survivors for column in program.columns) and not self.random:
+            earlier = standing_so_far(batch, program)
+            for column in program.columns:
+                if column.survivors:
+                    outcomes[column.name].after(earlier, right)
+        trial.outcomes = {column.name: outcomes[column.name] for column in program.columns}
+        trial.run()
 
-    def _fgsm(
+    def _eight_bit(
         self,
-        program: Program,
+        norm: str,
+        eps: float,
         judge: Judge,
-        cost: Cost,
         x: Images,
         y: Labels,
-        rows: Tensor,
-        outcomes: dict[str, Outcome],
+        outcome: Outcome,
+        found: Images | None,
     ) -> None:
-        # one gradient of hundreds: taken from the model itself, so that no rounding of the copy can turn a sign
-        model = Counted(self.model, cost, self.at_once)
-        threats = [threat_model(column.norm, column.eps) for column in program.columns]
-        found = sweep(model, x, y, threats, loss=LOSSES[program.first.loss], eot=program.first.eot)
-        with naming(rows):
-            for column, (threat, x_adv) in zip(program.columns, found, strict=True):
-                settle(outcomes[column.name], rows, judge(x_adv, x, threat), y, 0)
-
-    def _pgd(
-        self,
-        program: Program,
-        judge: Judge,
-        cost: Cost,
-        x: Images,
-        y: Labels,
-        index: np.ndarray,
-        outcomes: dict[str, Outcome],
-    ) -> None:
-        first = program.first
-        threat = threat_model(first.norm, first.eps)
-        model = Counted(self.gradient_model, cost, self.at_once)
-        for restart in range(program.restarts):
-            wanted = [column for column in program.columns if column.restarts > restart]
-            standing = torch.stack([outcomes[column.name].robust for column in wanted]).any(0)
-            rows = standing.nonzero().flatten()
-            if len(rows) == 0:
-                return
-            start = Rng(self.seed, "pgd", first.loss, restart, images=index[rows.cpu().numpy()].tolist())
-
-            def witness(
-                step: int,
-                which: Tensor,
-                x_adv: Images,
-                rows: Tensor = rows,
-                wanted: list[Column] = wanted,
-                restart: int = restart,
-            ) -> Tensor:
-                with naming(which):
-                    prediction = judge(x_adv, x[rows[which]], threat)
-                for column in wanted:
-                    if column.steps >= step:
-                        settle(
-                            outcomes[column.name],
-                            rows[which],
-                            prediction,
-                            y[rows[which]],
-                            restart,
-                            only_broken=True,
-                        )
-                return prediction != y[rows[which]]
-
-            runs = trajectory(
-                model,
-                x[rows],
-                y[rows],
-                threat,
-                rng=start,
-                milestones=program.milestones(restart),
-                loss=LOSSES[first.loss],
-                step_size=first.step_size,
-                random_start=first.random_start,
-                eot=first.eot,
-                witness=witness if self.success == "any" else None,
-            )
-            with naming(rows):
-                for step, x_adv in runs:
-                    prediction = judge(x_adv, x[rows], threat)
-                    for column in wanted:
-                        if column.steps == step:
-                            settle(outcomes[column.name], rows, prediction, y[rows], restart)
-
-    def _mixture(
-        self,
-        program: Program,
-        judge: Judge,
-        cost: Cost,
-        x: Images,
-        y: Labels,
-        index: np.ndarray,
-        outcomes: dict[str, Outcome],
-    ) -> None:
-        assert self.mixture is not None
-        (column,) = (c for c in program.columns if not c.diagnostic)
-        outcome = outcomes[column.name]
-        bound = next((outcomes[c.name] for c in program.columns if c.diagnostic), None)
-        experts = [
-            Judge(Expert(self.mixture, k), self.classes, cost) for k in range(self.mixture.experts_count)
-        ]
-        if bound is not None:
-            # an expert's errors are its own, whatever the mixture makes of them
-            bound.robust = torch.stack([expert(x, x, None) == y for expert in experts]).all(0)
-            bound.restart = torch.where(bound.robust, -1, 0)
-        threat = threat_model(column.norm, column.eps)
-        for restart in range(column.restarts):
-            for run in mixtures.runs(column.attack, self.mixture):
-                standing = outcome.robust if bound is None else outcome.robust | bound.robust
-                rows = standing.nonzero().flatten()
-                rng = Rng(
-                    self.seed, column.name, run.name, restart, images=index[rows.cpu().numpy()].tolist()
-                )
-                here = threat.random_start(x[rows], rng.at("start"))
-                if run.serves is not None and len(rows):
-                    chosen = run.serves(here)
-                    rows, here, rng = rows[chosen], here[chosen], rng.take(chosen)
-                if len(rows) == 0:
-                    continue
-
-                def witness(
-                    step: int,
-                    which: Tensor,
-                    x_adv: Images,
-                    rows: Tensor = rows,
-                    restart: int = restart,
-                    expert: int | None = run.expert,
-                ) -> Tensor:
-                    at = rows[which]
-                    with naming(which):
-                        prediction = judge(x_adv, x[at], threat)
-                        settle(outcome, at, prediction, y[at], restart, only_broken=True)
-                        if expert is None:
-                            return prediction != y[at]
-                        own = experts[expert](x_adv, x[at], threat)
-                    if bound is not None:
-                        settle(bound, at, own, y[at], restart, only_broken=True)
-                    return own != y[at]
-
-                left = column.steps
-                for aim in run.aims:
-                    steps = left if aim is run.aims[-1] else max(1, round(aim.share * column.steps))
-                    left -= steps
-                    ends = trajectory(
-                        Counted(aim.output, cost, self.at_once),
-                        x[rows],
-                        y[rows],
-                        threat,
-                        rng=rng,
-                        milestones=[steps],
-                        loss=aim.loss,
-                        step_size=column.step_size,
-                        start=here,
-                        witness=witness,
-                        wrong=aim.wrong,
-                    )
-                    with naming(rows):
-                        ((_, here),) = ends
-                        witness(steps, torch.arange(len(rows), device=x.device), here)
+        assert found is not None
+        threat = threat_model(norm, eps)
+        if self.random:
+            outcome.__dict__.update(score(judge, rounded(found, x, threat), x, y, threat).__dict__)
+            return
+        for away in (False, True):
+            rows = outcome.robust.nonzero().flatten()
+            if len(rows):
+                levels = rounded(found[rows], x[rows], threat, away=away)
+                outcome.settle(rows, judge(levels, x[rows], threat), y[rows], 0, -1)
 
 
-def settle(
-    outcome: Outcome, rows: Tensor, prediction: Tensor, y: Labels, restart: int, *, only_broken: bool = False
-) -> None:
-    """Enters what was found for these rows; an image that fell stays charged to what felled it first."""
-    broken = prediction != y
-    standing = outcome.robust[rows]
-    entered = standing & broken if only_broken else standing
-    outcome.prediction[rows] = torch.where(entered, prediction, outcome.prediction[rows])
-    outcome.restart[rows] = torch.where(standing & broken, restart, outcome.restart[rows])
-    outcome.robust[rows] = standing & ~broken
+def _of(prediction: Tensor, y: Labels) -> Outcome:
+    return Outcome.of(prediction, prediction == y)
 
 
-def library_attack(
-    column: Column, model: nn.Module, x: Images, y: Labels, threat: ThreatModel, rng: Rng
-) -> Images:
-    """The images that somebody else's attack finds."""
-    if column.family == "autoattack":
-        return autoattack(model, x, y, threat, rng=rng, **column.settings)
-    return from_torchattacks(
-        model, x, y, threat, rng=rng, name=column.family.split(":", 1)[1], **column.settings
-    )
+def standing_so_far(batch: Batch, program: Program) -> Outcome:
+    """What all earlier programs together left: robust where none of their columns broke the image."""
+    own = {column.name for column in program.columns}
+    so_far = batch.outcomes["clean"]
+    together = Outcome(so_far.prediction.clone(), so_far.robust.clone(), so_far.restart, so_far.step)
+    for name, outcome in batch.outcomes.items():
+        if name not in own and name not in batch.diagnostics:
+            fell = together.robust & ~outcome.robust
+            together.prediction[fell] = outcome.prediction[fell]
+            together.robust &= outcome.robust
+    return together
+
+
+def fingerprint(model: nn.Module) -> Tensor:
+    """Sums over every parameter and buffer that change when one of their numbers does, float64 `(t, 2)`."""
+    tensors = [t.detach() for t in (*model.parameters(), *model.buffers())]
+    sums = [(t.double().sum().cpu(), t.double().square().sum().cpu()) for t in tensors]
+    return torch.tensor([[float(a), float(b)] for a, b in sums], dtype=torch.float64)
+
+
+def expectation(model: nn.Module) -> Model:
+    """A random model's exact expectation, where it offers one as `expected_log_probabilities`; else the model itself."""
+    exact: Model = getattr(model, "expected_log_probabilities", model)
+    return exact
 
 
 @contextmanager
@@ -404,7 +294,7 @@ def named(program: Program, index: np.ndarray) -> Iterator[None]:
         yield
     except VoidRun as error:
         where = f"image {index[error.rows[0]]}" if error.rows else f"among images {index[0]}…{index[-1]}"
-        raise VoidRun(f"run void: {error} ({where}, column {columns})") from error
+        raise VoidRun(f"run void: {error} ({where}, column {columns})", code=error.code) from error
     except BenchError:
         raise
     except Exception as error:

@@ -9,7 +9,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Literal
 
 from pydantic import BaseModel, ConfigDict
@@ -39,3 +39,17 @@ def verdict(findings: Iterable[Finding]) -> Verdict:
     """What the findings come to: the worst of them decides."""
     severities = {finding.severity for finding in findings}
     return "void" if "blocks" in severities else "suspect" if "warns" in severities else "credible"
+
+
+def merged(found: Sequence[Finding]) -> list[Finding]:
+    """One finding for each code: the worst, with all that was seen, the worst first."""
+    order = {"blocks": 0, "warns": 1, "informs": 2}
+    by_code: dict[str, list[Finding]] = {}
+    for finding in found:
+        by_code.setdefault(finding.code, []).append(finding)
+    worst = []
+    for same in by_code.values():
+        same.sort(key=lambda finding: order[finding.severity])
+        evidence = "; ".join(dict.fromkeys(finding.evidence for finding in same))
+        worst.append(same[0].model_copy(update={"evidence": evidence}))
+    return sorted(worst, key=lambda finding: order[finding.severity])

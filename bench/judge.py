@@ -39,7 +39,11 @@ class Judge:
         self.model, self.classes, self.cost, self.seed = model, classes, cost, seed
 
     def __call__(self, x_adv: Images, x: Images, threat: ThreatModel | None) -> Tensor:
-        """Predictions `(b,)`.
+        """Predictions `(b,)`; raises as `logits` does."""
+        return self.logits(x_adv, x, threat).argmax(1)
+
+    def logits(self, x_adv: Images, x: Images, threat: ThreatModel | None) -> Tensor:
+        """What the model says to legal images, `(b, k)`.
 
         Raises:
             VoidRun: an image outside ball or box, logits of the wrong form, an input changed in place.
@@ -47,7 +51,8 @@ class Judge:
         """
         if x_adv.shape != x.shape or x_adv.dtype != x.dtype:
             raise VoidRun(
-                f"the attack returned {tuple(x_adv.shape)} {x_adv.dtype} for images {tuple(x.shape)} {x.dtype}"
+                f"the attack returned {tuple(x_adv.shape)} {x_adv.dtype} for images {tuple(x.shape)} {x.dtype}",
+                code="illegal-perturbation",
             )
         if threat is not None:
             legal = threat.contains(x_adv, x)
@@ -68,14 +73,18 @@ class Judge:
                 else f"a {type(logits).__name__}"
             )
             raise VoidRun(
-                f"the model must return float logits {(len(x), self.classes)} for {self.classes} classes, but returned {found}"
+                f"the model must return float logits {(len(x), self.classes)} for {self.classes} classes, but returned {found}",
+                code="signature",
             )
         if not torch.equal(given, x_adv):
-            raise VoidRun("the model changed its input in place; it must leave the images as they are")
+            raise VoidRun(
+                "the model changed its input in place; it must leave the images as they are",
+                code="mutates-input",
+            )
         finite = logits.isfinite().all(1)
         if not finite.all():
             raise NonFinite("logits", (~finite).nonzero().flatten().tolist())
-        return logits.argmax(1)
+        return logits
 
 
 def illegal(x_adv: Images, x: Images, threat: ThreatModel, legal: Tensor) -> VoidRun:
@@ -87,6 +96,7 @@ def illegal(x_adv: Images, x: Images, threat: ThreatModel, legal: Tensor) -> Voi
         f"a perturbation of {threat.norm} size {size:.6g} (pixels {low:.4g} to {high:.4g}) leaves the ball of "
         f"{threat.eps:.6g} or the box [0,1]",
         (~legal).nonzero().flatten().tolist(),
+        code="illegal-perturbation",
     )
 
 
@@ -100,7 +110,11 @@ class Counted(nn.Module):
 
     def forward(self, x: Images) -> Tensor:
         """What the model says."""
-        self.cost.gradients += len(x)
+        # FAB and Square ask without wanting a gradient
+        if torch.is_grad_enabled() and x.requires_grad:
+            self.cost.gradients += len(x)
+        else:
+            self.cost.forwards += len(x)
         return ask(self.model, x)
 
 
@@ -121,7 +135,8 @@ def ask(model: Model, x: Images) -> Tensor:
     except Exception as error:
         # a stranger's forward may raise anything; whatever it is, there is no number
         raise VoidRun(
-            f"the model raised {type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
+            f"the model raised {type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}",
+            code="model-crash",
         ) from error
 
 
@@ -153,7 +168,9 @@ def before_any_attack() -> Iterator[None]:
     try:
         yield
     except VoidRun as error:
-        raise VoidRun(f"this model cannot be evaluated: {error} (first images, before any attack)") from error
+        raise VoidRun(
+            f"this model cannot be evaluated: {error} (first images, before any attack)", code=error.code
+        ) from error
 
 
 @contextmanager

@@ -37,7 +37,7 @@ class Measured:
     """One column of a group: what was asked, and the share of images on which the defense held.
 
     `epsilon` and `step_size` are in pixel units of [0,1]; what does not apply is None. `accuracy`, `ci_low`,
-    `ci_high` (95 %, Wilson) and `std` (over seeds, NaN for one) are in percent.
+    `ci_high` (95 %, Wilson) and `std` (over seeds, NaN for one) are in percent; all are NaN where a run is void.
     """
 
     name: str
@@ -54,6 +54,10 @@ class Measured:
     n: int
     seeds: int
     std: float
+    survivors: bool = False
+    """whether it attacked only what the columns before it left standing"""
+    part_of: str | None = None
+    """the ensemble whose component it is"""
 
 
 @dataclass(frozen=True, eq=False)
@@ -65,14 +69,20 @@ class Group:
         records: by seed.
         columns: in the protocol's order, `worst-case` last.
         images: positions in the dataset, int64 `(n,)`, rising.
-        robust: per record, whether each image held in each column, bool `(columns, n)`.
+        shares: per record, for each column and image the share of draws in which the answer was right, `(columns, n)`;
+            1 or 0 where the model is deterministic.
     """
 
     label: str
     records: tuple[Record, ...]
     columns: tuple[Measured, ...]
     images: NDArray[np.int64]
-    robust: tuple[NDArray[np.bool_], ...]
+    shares: tuple[NDArray[np.float64], ...]
+
+    @property
+    def void(self) -> bool:
+        """Whether one of the runs must not become a number."""
+        return any(record.verdict == "void" for record in self.records)
 
     @property
     def dataset(self) -> str:
@@ -94,9 +104,9 @@ class Group:
         return next((column for column in self.columns if column.name == name), None)
 
     def outcomes(self, name: str) -> NDArray[np.bool_]:
-        """Whether each image held in a column, of the first record, bool `(n,)`."""
+        """Whether each image held in a column, of the first record, bool `(n,)`; of a random model, more often than not."""
         names = [column.name for column in self.columns]
-        outcome: NDArray[np.bool_] = self.robust[0][names.index(name)]
+        outcome: NDArray[np.bool_] = self.shares[0][names.index(name)] > 0.5
         return outcome
 
 
@@ -170,17 +180,22 @@ def _group(label: str, records: list[Record]) -> Group:
     for record, (others, _) in zip(records, read, strict=True):
         if not np.array_equal(others, images):
             raise UsageError(f"{record._folder} has other images than another seed's run; delete both")
-    robust = tuple(matrix for _, matrix in read)
+    measured = tuple(matrix for _, matrix in read)
+    void = any(record.verdict == "void" for record in records)
     radii = [column.epsilon for column in asked if column.epsilon is not None]
     worst = ColumnRecord(name=WORST_CASE, attack=WORST_CASE, epsilon=max(radii, default=None))
     # Two trainings of one seed are one seed: they are averaged before seeds are.
     seeds = np.array([record.asked.seed for record in records])
-    shares = np.array([matrix.mean(1) for matrix in robust])
+    shares = np.array([matrix.mean(1) for matrix in measured])
     by_seed = np.array([shares[seeds == seed].mean(0) for seed in np.unique(seeds)])
     columns = []
     for column, values in zip([*asked, worst], by_seed.T, strict=True):
         mean, std = mean_std(values)
+        # of a random model each image counts by its share: the interval is then wide enough for images and draws together,
+        # a mean of values in [0,1] varying no more than that of coins of the same mean
         low, high = wilson(mean * len(images), len(images))
+        if void:
+            mean = low = high = std = math.nan
         columns.append(
             Measured(
                 name=column.name,
@@ -197,36 +212,42 @@ def _group(label: str, records: list[Record]) -> Group:
                 n=len(images),
                 seeds=len(values),
                 std=100 * std,
+                survivors=column.survivors,
+                part_of=column.part_of,
             )
         )
-    return Group(label, tuple(records), tuple(columns), images, robust)
+    return Group(label, tuple(records), tuple(columns), images, measured)
 
 
-def _outcomes(record: Record) -> tuple[NDArray[np.int64], NDArray[np.bool_]]:
-    """The images, `(n,)`, and whether each held in each column and in all of them, `(columns + 1, n)`.
+def _outcomes(record: Record) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
+    """The images, `(n,)`, and the share of right answers in each column and in the worst of them, `(columns + 1, n)`.
+
+    Which column is worst for an image is read off the draws that the attack chose by, and its share off fresh ones: the
+    least of several noisy shares would be too low.
 
     Raises:
         UsageError: an image lacks a column, has one twice or has one that the record does not know.
     """
     import pandas as pd
 
-    table = record.outcomes(["index", "column", "robust"])
+    table = record.outcomes(["index", "column", "share", "selected"])
     places, images = pd.factorize(table["index"].to_numpy(), sort=True)
     codes, found = pd.factorize(table["column"])
     names = [column.name for column in record.columns]
     order = pd.Index(names).get_indexer(pd.Index(found))
     whole = len(table) > 0 and len(table) == len(names) * len(images) and (order >= 0).all()
-    matrix = np.zeros((len(names) + 1, len(images)), dtype=bool)
-    seen = np.zeros((len(names), len(images)), dtype=bool)
+    shares = np.full((len(names), len(images)), np.nan)
+    selected = shares.copy()
     if whole:
-        seen[order[codes], places] = True
-        matrix[order[codes], places] = table["robust"].to_numpy()
-    if not (whole and seen.all()):
+        shares[order[codes], places] = table["share"].to_numpy()
+        selected[order[codes], places] = table["selected"].to_numpy()
+    if not whole or np.isnan(shares).any():
         raise UsageError(f"{record._folder} lacks outcomes of some images; delete it and run again")
     # what a diagnostic tells is not the deployed model's robustness
     counts = [place for place, column in enumerate(record.columns) if not column.diagnostic]
-    matrix[-1] = matrix[counts].all(0)
-    return np.asarray(images, dtype=np.int64), matrix
+    chosen = np.array(counts)[selected[counts].argmin(0)]
+    worst = shares[chosen, np.arange(len(images))]
+    return np.asarray(images, dtype=np.int64), np.vstack([shares, worst])
 
 
 def _labels(alike: Sequence[Record]) -> list[str]:

@@ -41,6 +41,23 @@ class Normalized(nn.Module):
         return logits
 
 
+class LogProbabilities(nn.Module):
+    """A model that gives probabilities, as one that gives their logarithms: logits of the same answers.
+
+    Cross-entropy takes a softmax of what it is given; of probabilities that would be a second one, whose gradient hides
+    how wrong the model is. The softmax of log p is p again.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, x: Images) -> Logits:
+        """`(b, c, h, w)` to `log p`, `(b, k)`; of a probability of 0 the logarithm of the least positive float."""
+        p: Tensor = self.model(x)
+        return p.clamp_min(torch.finfo(p.dtype).tiny).log()
+
+
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[nn.Module]:
     """The model with every part in eval mode; each part's own mode is put back afterwards."""

@@ -13,8 +13,8 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from bench.evaluate import Batch
 from bench.judge import Cost
+from bench.outcome import Batch, Outcome
 from bench.record import atomic
 
 SCHEMA = pa.schema(
@@ -57,13 +57,9 @@ class Parts:
             "index": np.tile(batch.index, len(columns)),
             "label": np.tile(batch.labels, len(columns)),
             "column": np.repeat(columns, len(batch.index)),
-            "prediction": np.concatenate([batch.outcomes[c].prediction.cpu().numpy() for c in columns]),
-            "robust": np.concatenate([batch.outcomes[c].robust.cpu().numpy() for c in columns]),
-            "restart": np.concatenate([batch.outcomes[c].restart.cpu().numpy() for c in columns]),
-            "step": np.concatenate([batch.outcomes[c].step.cpu().numpy() for c in columns]),
-            "share": np.concatenate([batch.outcomes[c].share.cpu().numpy() for c in columns]),
-            "selected": np.concatenate([batch.outcomes[c].selected.cpu().numpy() for c in columns]),
         }
+        for name in ("prediction", "robust", "restart", "step", "share", "selected"):
+            rows[name] = np.concatenate([_values(batch.outcomes[column], name) for column in columns])
         arrays = [pa.array(rows[field.name]).cast(field.type) for field in SCHEMA]
         costs = json.dumps({name: asdict(cost) for name, cost in batch.costs.items()})
         table = pa.Table.from_arrays(arrays, schema=SCHEMA.with_metadata({"costs": costs}))
@@ -107,6 +103,14 @@ class Parts:
         if new.any():
             self._tables.append(table if new.all() else table.filter(pa.array(new)))
             self._done.update(table["index"].to_pylist())
+
+
+def _values(outcome: Outcome, name: str) -> np.ndarray:
+    values = getattr(outcome, name)
+    # a deterministic model is right in all draws or in none
+    values = outcome.robust if values is None else values
+    array: np.ndarray = values.cpu().numpy()
+    return array
 
 
 def _read(file: Path) -> pa.Table | None:

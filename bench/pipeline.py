@@ -7,6 +7,7 @@ All that can be wrong with what was asked is found before anything is trained.
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import signal
 import threading
@@ -14,25 +15,28 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from datetime import datetime, timezone
+from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import pyarrow as pa
-import pyarrow.parquet as pq
 from torch import nn
 
 from bench import checkpoint as checkpoints
 from bench import record as records
+from bench.audit.contract import Contract, contract
+from bench.audit.gradients import gradient_checks
+from bench.audit.run import audit
 from bench.config import as_json
 from bench.errors import BenchError, Interrupted, UsageError, VoidRun
-from bench.evaluate import Batch, Evaluator
-from bench.judge import Cost
-from bench.moe import RoutedModel, as_mixture
+from bench.evaluate import Evaluator
+from bench.finding import Finding, verdict
+from bench.judge import Cost, exact_arithmetic, is_random
+from bench.moe import as_mixture
 from bench.parts import Parts
 from bench.plan import Program, explain, plan
 from bench.progress import duration, progress
-from bench.protocol import BOUND, Column, Mixture, Protocol
+from bench.protocol import Column, Mixture, Protocol
 from bench.provenance import weights_hash, where
 from bench.record import Asked, ProgramRecord, Record
 from bench.session import Job, Session, prepare, samples_of
@@ -101,8 +105,8 @@ def explain_session(session: Session) -> str:
         model = build(job, session.data, 0).to(session.device)
         n = samples_of(session)
         for protocol in session.protocols:
-            evaluator = _evaluator(session, job, model, 0, protocol)
-            columns = _columns(protocol, protocol.radius(session.data.eps, session.eps), model)
+            evaluator = _evaluator(session, job, model, 0, protocol, {})
+            columns = _columns(protocol, session, model)
             programs = plan(columns, random=evaluator.random)
             lines.append(f"{job.name} on {session.data.name}, {n} images, protocol {protocol.name}:")
             lines.append(explain(programs, protocol.success))
@@ -113,11 +117,43 @@ def explain_session(session: Session) -> str:
     return "\n".join(lines).rstrip()
 
 
+def check_session(session: Session) -> list[tuple[str, Contract]]:
+    """The model contract of every defense that was asked: as built, or with the checkpoint's weights."""
+    found = []
+    x, y = session.data.test.batch(slice(0, CHECKED), session.device)
+    for job in session.jobs:
+        trained = session.checkpoint is not None or not stages(job, session.data)
+        model = weigh(session, job, session.seeds[0]).model if trained else build(job, session.data, 0)
+        model = model.to(session.device).eval().requires_grad_(False)
+        if not trained:
+            session.say(f"{job.name}: untrained weights; --checkpoint gives it others")
+        with exact_arithmetic():
+            one = contract(
+                model, x, y, classes=len(session.data.classes), adaptive=as_mixture(model) is not None
+            )
+            callable_ = not any(finding.severity == "blocks" for finding in one.findings)
+            if callable_:
+                doubts = gradient_checks(model, x[:16], y[:16])
+                one = dataclasses.replace(one, findings=[*one.findings, *doubts])
+        found.append((job.name, one))
+    return found
+
+
+#: how many images the model contract is checked on
+CHECKED = 64
+
+
 def evaluate(session: Session, job: Job, seed: int, weights: Weights, protocol: Protocol) -> Record:
-    """One defense under one protocol: the finished record, or the outcomes that make it."""
+    """One defense under one protocol: the finished record, or the outcomes that make it.
+
+    Raises:
+        VoidRun: a NaN, a crash, an illegal perturbation, or a model that is no function of an image; why is kept beside
+            where the record would be, for `bench audit`.
+    """
     data, n = session.data, samples_of(session)
-    radius = protocol.radius(data.eps, session.eps)
-    columns = _columns(protocol, radius, weights.model)
+    weights.model.to(session.device).eval()
+    columns = _columns(protocol, session, weights.model)
+    surrogates = _surrogates(session, columns, seed)
     asked = Asked(
         dataset=data.name,
         data_hash=data.test.hash,
@@ -125,7 +161,7 @@ def evaluate(session: Session, job: Job, seed: int, weights: Weights, protocol: 
         config=as_json(job.config),
         recipe=job.recipe if weights.training.source == "trained" else None,
         model_hash=weights_hash(weights.model),
-        protocol=_protocol(protocol, radius, columns, session.batch_size),
+        protocol=_protocol(protocol, session, columns, surrogates),
         seed=seed,
         samples=n,
         precision=session.precision,
@@ -137,24 +173,42 @@ def evaluate(session: Session, job: Job, seed: int, weights: Weights, protocol: 
         session.say(f"{job.name}, {protocol.name}, seed {seed}: done before, {folder}")
         return finished
     started, began = datetime.now(timezone.utc), time.perf_counter()
-    evaluator = _evaluator(session, job, weights.model, seed, protocol)
-    _confirm(session, job, weights, evaluator)
-    programs = plan(columns, random=evaluator.random)
-    parts = Parts(folder / "parts")
-    with naming_defense(job):
-        _attack_all(evaluator, programs, parts, n, session, f"{job.name}: {protocol.name}")
+    try:
+        evaluator = _evaluator(session, job, weights.model, seed, protocol, surrogates)
+        _confirm(session, job, weights, evaluator)
+        programs = plan(columns, random=evaluator.random)
+        parts = Parts(folder / "parts")
+        with naming_defense(job):
+            _attack_all(evaluator, programs, parts, n, session, f"{job.name}: {protocol.name}")
+            evaluator.unchanged()
+    except VoidRun as error:
+        why = Finding(code=error.code, severity="blocks", evidence=str(error), advice=VOID)
+        records.void(folder, asked, [why])
+        raise
     outcomes = parts.outcomes([column.name for column in columns])
+    facts = evaluator.facts
+    if weights.loaded is not None:
+        facts = facts.model_copy(update={"stated_clean": weights.loaded.clean})
+    notes = [
+        Finding(code="checkpoint", severity="informs", evidence=text, advice=NOTE)
+        for text in weights.findings
+    ]
+    doubts = [*notes, *evaluator.contract.findings]
     record = Record(
         asked=asked,
         columns=[column.record() for column in columns],
         programs=_programs(programs, parts.costs()),
         training=weights.training,
-        where=where(session.device, started, time.perf_counter() - began),
+        where=where(session.device, started, time.perf_counter() - began, _libraries(columns)),
         published_as=job.kind.published_as,
         footnotes=protocol.footnotes,
-        findings=[*weights.findings, *evaluator.findings, *sandwich(outcomes, columns, evaluator.mixture)],
+        model=facts,
+        findings=doubts,
+        verdict=verdict(doubts),
         outcomes_sha256=hashlib.sha256(outcomes).hexdigest(),
     )
+    with naming_defense(job):
+        record = audit(evaluator, record, outcomes)
     records.finish(folder, record, outcomes)
     parts.remove()
     again = records.read(folder)
@@ -162,38 +216,39 @@ def evaluate(session: Session, job: Job, seed: int, weights: Weights, protocol: 
     return again
 
 
-def sandwich(outcomes: bytes, columns: Sequence[Column], mixture: RoutedModel | None) -> list[str]:
-    """What a mixture's outcomes say of the attacks on it.
-
-    RA(all experts hold) ≤ RA(deployed) ≤ RA(gate frozen). The right half holds by counting worst cases. The left one is
-    a check: where the mixture falls an expert has fallen, and if the attack on the experts found none it was too weak.
-    """
-    if mixture is None:
-        return []
-    names = [column.name for column in columns]
-    if BOUND not in names:
-        if mixture.soft:
-            return []
-        return [
-            "hard routing, and no attack that knows of it: gradients do not see the gate; ask for --protocol adaptive"
-        ]
-    file = pq.ParquetFile(pa.BufferReader(outcomes), pre_buffer=False)
-    table = file.read(columns=["index", "column", "robust"], use_threads=False).to_pandas()
-    robust = table.pivot(index="index", columns="column", values="robust")
-    counted = [column.name for column in columns if not column.diagnostic]
-    missed = int((robust[BOUND] & ~robust[counted].all(axis=1)).sum())
-    if missed == 0:
-        return []
-    return [
-        f"under-optimised: {missed} of {len(robust)} images fool the mixture though every expert survived the attack on it alone"
-    ]
+#: what to do about a run that is void
+VOID = "there is no number for this model until the cause is removed"
+#: what to do about a note on a checkpoint
+NOTE = "see that this is what was meant"
 
 
-def _columns(protocol: Protocol, radius: float, model: nn.Module) -> list[Column]:
-    """The protocol's columns for this model: a mixture is asked more."""
-    mixture = as_mixture(model)
+def _columns(protocol: Protocol, session: Session, model: nn.Module) -> list[Column]:
+    """The protocol's columns for this model: a mixture is asked more, and a random model otherwise."""
+    data, mixture = session.data, as_mixture(model)
     kind: Mixture | None = None if mixture is None else "soft" if mixture.soft else "hard"
-    return protocol.columns(radius, kind, legacy=hasattr(model, "legacy_aims"))
+    return protocol.columns(
+        protocol.radius(data.eps, session.eps),
+        kind,
+        legacy=hasattr(model, "legacy_aims"),
+        random=_random(session, model),
+        classes=len(data.classes),
+    )
+
+
+def _random(session: Session, model: nn.Module) -> bool:
+    x, _ = session.data.test.batch(slice(0, 8), session.device)
+    try:
+        return is_random(model, x)
+    except Exception:
+        # a stranger's model may raise anything; what it was is said when it is examined
+        return False
+
+
+def _surrogates(session: Session, columns: Sequence[Column], seed: int) -> dict[str, nn.Module]:
+    """The trained models that columns craft on, by the columns' family."""
+    wanted = {column.family for column in columns if column.family in session.surrogates}
+    plain = dataclasses.replace(session, checkpoint=None)
+    return {family: weigh(plain, session.surrogates[family], seed).model for family in sorted(wanted)}
 
 
 def _confirm(session: Session, job: Job, weights: Weights, evaluator: Evaluator) -> None:
@@ -219,7 +274,7 @@ def _attack_all(
     try:
         with terminable(), progress(what, n, done=n - len(left), quiet=session.quiet) as meter:
             for start in range(0, len(left), session.batch_size):
-                batch: Batch = evaluator.run(programs, left[start : start + session.batch_size])
+                batch = evaluator.run(programs, left[start : start + session.batch_size])
                 parts.add(batch)
                 meter.advance(len(batch.index))
     except KeyboardInterrupt:
@@ -247,10 +302,17 @@ def terminable() -> Iterator[None]:
         signal.signal(signal.SIGTERM, signal.SIG_DFL if before is None else before)
 
 
-def _evaluator(session: Session, job: Job, model: nn.Module, seed: int, protocol: Protocol) -> Evaluator:
+def _evaluator(
+    session: Session,
+    job: Job,
+    model: nn.Module,
+    seed: int,
+    protocol: Protocol,
+    surrogates: Mapping[str, nn.Module],
+) -> Evaluator:
     try:
         with naming_defense(job):
-            return Evaluator(
+            evaluator = Evaluator(
                 model,
                 classes=len(session.data.classes),
                 split=session.data.test,
@@ -258,30 +320,57 @@ def _evaluator(session: Session, job: Job, model: nn.Module, seed: int, protocol
                 success=protocol.success,
                 precision=session.precision,
                 device=session.device,
+                surrogates=surrogates,
             )
+            for finding in evaluator.contract.findings:
+                if finding.severity == "blocks":
+                    raise VoidRun(
+                        f"this model cannot be evaluated: {finding.evidence} (first images, before any attack)",
+                        code=finding.code,
+                    )
+            return evaluator
     except BenchError:
         raise
     except Exception as error:
         # the model was run forward and backward here: whatever it raises, there is no number
         raise VoidRun(
-            f"{job.name}: this model cannot be evaluated: {type(error).__name__}: {error}"
+            f"{job.name}: this model cannot be evaluated: {type(error).__name__}: {error}", code="model-crash"
         ) from error
 
 
 def _protocol(
-    protocol: Protocol, radius: float, columns: Sequence[Column], batch_size: int
+    protocol: Protocol, session: Session, columns: Sequence[Column], surrogates: Mapping[str, nn.Module]
 ) -> dict[str, Any]:
     stated: dict[str, Any] = {
         "name": protocol.name,
         "norm": protocol.norm,
         "success": protocol.success,
-        "eps": radius,
+        "eps": protocol.radius(session.data.eps, session.eps),
         "columns": [column.record().model_dump(mode="json") for column in columns],
     }
-    if any(column.family not in ("clean", "fgsm", "pgd", "mixture") for column in columns):
-        # libraries draw noise for whole batches, so there the batch size is part of the question
-        stated["batch_size"] = batch_size
+    if surrogates:
+        stated["surrogates"] = {family: weights_hash(model) for family, model in surrogates.items()}
+    libraries = _libraries(columns)
+    if libraries:
+        stated["libraries"] = libraries
+    random = any(column.eot > 1 for column in columns)
+    if random or any(column.family.startswith("torchattacks:") for column in columns):
+        # they draw noise for whole batches, so there the batch size is part of the question
+        stated["batch_size"] = session.batch_size
     return stated
+
+
+def _libraries(columns: Sequence[Column]) -> dict[str, str]:
+    """Whose code runs some of these columns, and its version."""
+    found = {}
+    if any(column.family == "autoattack" for column in columns):
+        from bench.attacks.autoattack import source
+
+        code = source()
+        found[code.name] = code.version
+    if any(column.family.startswith("torchattacks:") for column in columns):
+        found["torchattacks"] = metadata.version("torchattacks")
+    return found
 
 
 def _programs(programs: Sequence[Program], costs: Mapping[str, Cost]) -> list[ProgramRecord]:

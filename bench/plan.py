@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from bench.protocol import BOUND, Column
 
 #: the families whose passes are counted beforehand
-OURS = ("clean", "fgsm", "pgd")
+OURS = ("clean", "fgsm", "pgd", "8-bit")
 
 
 @dataclass(frozen=True)
@@ -48,6 +48,8 @@ class Program:
         if self.first.family == "mixture":
             # how many runs there are the mixture's size decides; one is the least
             return 0, self.first.steps
+        if self.first.family.startswith("transfer:"):
+            return self.first.steps, self.first.steps
         if self.first.family == "pgd":
             runs = [max(self.milestones(restart)) * self.first.eot for restart in range(self.restarts)]
             return runs[0], sum(runs)
@@ -72,7 +74,11 @@ def plan(columns: Sequence[Column], *, random: bool = False) -> list[Program]:
     for column in columns:
         groups.setdefault(_computation(column, random), []).append(column)
     return [
-        Program("+".join(dict.fromkeys(c.attack for c in group)), tuple(group)) for group in groups.values()
+        Program(
+            group[-1].part_of or "+".join(dict.fromkeys(c.attack for c in group if c.part_of is None)),
+            tuple(group),
+        )
+        for group in groups.values()
     ]
 
 
@@ -84,6 +90,9 @@ def _computation(column: Column, random: bool) -> tuple[object, ...]:
     if c.family == "pgd":
         own = (c.attack,) if random else ()
         return (c.family, c.norm, c.eps, c.step_size, c.loss, c.eot, c.random_start, *own)
+    if c.family == "autoattack":
+        # an ensemble's components run in turn, each on what the one before left standing
+        return (c.family, c.part_of or c.name)
     if c.family == "mixture":
         # attacking each expert alone answers both what that does to the mixture and whether all experts hold
         return (c.family, "per-expert" if c.name == BOUND else c.name)

@@ -3,6 +3,7 @@
     name = "mine"
     success = "any"            # or "last": which iterate decides
     eps = "8/255"              # or "dataset": the radius that each dataset names
+    survivors = true           # each attack is shown only what those before it left standing; false by default
     [[column]]
     attack = "pgd"
     steps = [10, 50]           # one column for each
@@ -43,6 +44,8 @@ ATTACKS = {
     "a-pgd": "pgd whose gradient is averaged over `eot` passes through the full model",
     "adaptive": "everything that the harness knows against a mixture; nothing on other models",
     "autoattack": "APGD-CE, APGD-T, FAB-T and Square in turn (Croce and Hein 2020), by their authors' code",
+    "8-bit": "what every other attack at the radius found, rounded to whole pixel levels inside the ball, and asked again",
+    "transfer:": "pgd crafted on another trained defense, by its name",
     "torchattacks:": "any attack of the torchattacks library, by its class name",
 }
 
@@ -53,6 +56,12 @@ HARD = ("frozen-gate", "soft-gate", "per-route", "all-experts", "sticky", "per-e
 SOFT = ("frozen-gate", "all-experts", "per-expert")
 #: the column that says which images every expert holds under its own attack
 BOUND = "every-expert"
+#: AutoAttack's components as its authors compose them
+STANDARD = ("apgd-ce", "apgd-t", "fab-t", "square")
+#: what its authors run against random models
+RAND = ("apgd-ce", "apgd-dlr")
+#: the column that rounds what the others found
+EIGHT_BIT = "8-bit"
 #: what `adaptive` may ask of a mixture and of nothing else
 ADAPTIVE = frozenset({*HARD, *SOFT, "legacy", BOUND})
 
@@ -68,6 +77,28 @@ def _step_size(value: object) -> object:
             raise ValueError(f"{value!r} is not a step size; write eps/4 or a number")
         return f"eps/{divisor:g}"
     return number(value)
+
+
+def _composition(settings: dict[str, Any]) -> tuple[str, ...]:
+    """The components that AutoAttack's settings ask for, in turn."""
+    known = {
+        "standard": STANDARD,
+        "rand": RAND,
+        "plus": ("apgd-ce", "apgd-dlr", "fab", "square", "apgd-t", "fab-t"),
+    }
+    version = settings.get("version", "standard")
+    if version not in known:
+        raise ValueError(f"AutoAttack has no version {version!r}; choose from {', '.join(known)}")
+    attacks = tuple(settings.get("attacks") or known[version])
+    for name in attacks:
+        if name not in known["plus"]:
+            raise ValueError(f"no AutoAttack component named {name!r}; known: {', '.join(known['plus'])}")
+    others = set(settings) - {"version", "attacks", "steps", "targets", "queries", "eot"}
+    if others:
+        raise ValueError(
+            f"AutoAttack has no setting {min(others)!r}; known: version, attacks, steps, targets, queries, eot"
+        )
+    return attacks
 
 
 class ColumnSpec(BaseModel):
@@ -95,8 +126,8 @@ class ColumnSpec(BaseModel):
 
     @pydantic.model_validator(mode="after")
     def _fits(self) -> ColumnSpec:
-        iterated = self.attack in (*PGD_FAMILY, "adaptive")
-        if iterated and self.steps is None:
+        iterated = self.attack in (*PGD_FAMILY, "adaptive") or self.attack.startswith("transfer:")
+        if iterated and self.steps is None and ":" not in self.attack:
             raise ValueError(f"{self.attack} needs steps, such as steps = 10")
         if not iterated:
             for name in ("steps", "step_size"):
@@ -109,8 +140,12 @@ class ColumnSpec(BaseModel):
                     raise ValueError(f"{self.attack} has no {name}")
         if self.restarts > 1 and not self.random_start:
             raise ValueError("restarts without random_start are one run repeated")
-        if self.settings and self.attack != "autoattack" and ":" not in self.attack:
+        if self.settings and self.attack != "autoattack" and not self.attack.startswith("torchattacks:"):
             raise ValueError(f"{self.attack} takes no settings")
+        if self.attack == "autoattack":
+            _composition(self.settings)
+        if self.attack == EIGHT_BIT and self.eps is not None:
+            raise ValueError("8-bit rounds what was found at the protocol's radius; leave eps out")
         return self
 
 
@@ -123,7 +158,7 @@ class Column:
     attack: str
     """as tables print it"""
     family: str
-    """what runs it: `clean`, `fgsm`, `pgd`, `mixture`, `autoattack` or `torchattacks:NAME`"""
+    """what runs it: `clean`, `fgsm`, `pgd`, `mixture`, `autoattack`, `8-bit`, `transfer:NAME` or `torchattacks:NAME`"""
     norm: str = "Linf"
     eps: float = 0.0
     steps: int = 0
@@ -134,12 +169,14 @@ class Column:
     random_start: bool = True
     settings: dict[str, Any] = field(default_factory=dict, hash=False)
     diagnostic: bool = False
+    survivors: bool = False
+    part_of: str | None = None
 
     def record(self) -> ColumnRecord:
         """The column as records store it: what does not apply is left out."""
         if self.family == "clean":
             return ColumnRecord(name=self.name, attack=self.attack)
-        iterated = self.family in ("pgd", "mixture")
+        iterated = self.family in ("pgd", "mixture") or self.family.startswith("transfer:")
         return ColumnRecord(
             name=self.name,
             attack=self.attack,
@@ -152,6 +189,8 @@ class Column:
             loss=self.loss if iterated or self.family == "fgsm" else None,
             settings=self.settings,
             diagnostic=self.diagnostic,
+            survivors=self.survivors,
+            part_of=self.part_of,
         )
 
 
@@ -165,6 +204,9 @@ class Protocol(BaseModel):
     norm: Literal["Linf", "L2"] = "Linf"
     success: Literal["last", "any"] = "any"
     eps: Number | Literal["dataset"] = "dataset"
+    survivors: bool = False
+    random_eot: Annotated[int, Field(ge=1)] = 20
+    """samples per step against a random model, where a column does not ask for several itself"""
     footnotes: list[str] = []
     provenance: dict[str, Literal["paper", "unrecovered", "ours"]] = {}
     specs: Annotated[list[ColumnSpec], Field(alias="column", min_length=1)]
@@ -182,13 +224,23 @@ class Protocol(BaseModel):
             return override
         return dataset_eps if isinstance(self.eps, str) else self.eps
 
-    def columns(self, radius: float, mixture: Mixture | None = None, legacy: bool = False) -> list[Column]:
+    def columns(
+        self,
+        radius: float,
+        mixture: Mixture | None = None,
+        legacy: bool = False,
+        *,
+        random: bool = False,
+        classes: int = 10,
+    ) -> list[Column]:
         """Every column, `clean` first, at this radius.
 
         Args:
             radius: in pixel units.
             mixture: how the model routes, if it is a mixture; `adaptive` asks nothing of any other model.
             legacy: whether its authors' own loss is known.
+            random: whether the model's answers differ from call to call; gradients are then means over several.
+            classes: how many there are; targeted attacks need four.
 
         Raises:
             ProtocolError: two columns are the same question.
@@ -200,6 +252,13 @@ class Protocol(BaseModel):
             if spec.attack == "adaptive":
                 columns += self._adaptive(spec, radius, mixture, legacy)
                 continue
+            if spec.attack == "autoattack":
+                taken = {column.name for column in columns}
+                for column in self._ensemble(spec, radius, random, classes):
+                    clash = column.part_of and column.name in taken
+                    name = f"{column.part_of}/{column.name}" if clash else column.name
+                    columns.append(dataclasses.replace(column, name=name))
+                continue
             for eps in spec.eps if isinstance(spec.eps, list) else [spec.eps]:
                 for steps in spec.steps if isinstance(spec.steps, list) else [spec.steps]:
                     columns.append(self._column(spec, eps, steps, radius))
@@ -207,7 +266,20 @@ class Protocol(BaseModel):
         for name in names:
             if names.count(name) > 1:
                 raise ProtocolError(f"protocol {self.name!r} asks for {name!r} twice; leave one out")
-        return columns
+        if random:
+            columns = [
+                dataclasses.replace(column, eot=self.random_eot)
+                if column.eot == 1 and column.family in ("fgsm", "pgd", "mixture")
+                else column
+                for column in columns
+            ]
+        shown_all = ("clean", EIGHT_BIT)
+        return [
+            dataclasses.replace(
+                column, survivors=self.survivors and column.family not in shown_all and not column.diagnostic
+            )
+            for column in columns
+        ]
 
     def _adaptive(
         self, spec: ColumnSpec, radius: float, mixture: Mixture | None, legacy: bool
@@ -223,17 +295,46 @@ class Protocol(BaseModel):
             for name in (*known, BOUND)
         ]
 
+    def _ensemble(self, spec: ColumnSpec, radius: float, random: bool, classes: int) -> list[Column]:
+        """AutoAttack's components, each on what the one before left standing, and what all of them left.
+
+        Only its authors' composition at full strength, against a deterministic model, is called AutoAttack.
+        """
+        settings = dict(spec.settings)
+        whole = _composition(settings) == STANDARD and not set(settings) - {"version", "attacks"}
+        if random and "attacks" not in settings:
+            settings, whole = {**settings, "version": "rand"}, False
+        attacks = _composition(settings)
+        if classes < 4:
+            # the targeted attacks need four classes, and the loss DLR three
+            fewer = {
+                "apgd-t": "apgd-dlr" if classes == 3 else "apgd-ce",
+                "apgd-dlr": "apgd-dlr" if classes == 3 else "apgd-ce",
+                "fab-t": "fab",
+            }
+            attacks, whole = tuple(dict.fromkeys(fewer.get(name, name) for name in attacks)), False
+        eps = spec.eps if not isinstance(spec.eps, list) else max(spec.eps)
+        one = self._column(spec, eps, None, radius)
+        shown = "rand" if settings.get("version") == "rand" else "+".join(attacks)
+        name = "autoattack" if whole else f"aa-like:{shown}"
+        reduced = {key: value for key, value in settings.items() if key not in ("version", "attacks")}
+        if settings.get("version") == "rand":
+            reduced.setdefault("eot", 20)
+        parts = [
+            dataclasses.replace(one, name=attack, attack=attack, settings=reduced, part_of=name)
+            for attack in attacks
+        ]
+        return [*parts, dataclasses.replace(one, name=name, attack=name, settings=reduced)]
+
     def _column(self, spec: ColumnSpec, eps: float | None, steps: int | None, radius: float) -> Column:
         at = radius if eps is None else eps
         name = spec.attack
-        if spec.attack == "autoattack" and spec.settings:
-            # the name AutoAttack is kept for the standard ensemble
-            parts = spec.settings.get("attacks") or [spec.settings.get("version", "standard")]
-            name = "aa:" + "+".join(str(part) for part in parts) if parts != ["standard"] else "autoattack"
         attack = name if spec.loss == "ce" else f"{name}-{spec.loss}"
         if eps is not None:
             name += f"-{eps:.4g}"
-        if steps is not None:
+        if steps is None and spec.attack.startswith("transfer:"):
+            steps = 100
+        elif steps is not None:
             name += f"-{steps}"
         if spec.attack == "pgd" and spec.restarts > 1:
             name += f"x{spec.restarts}"
@@ -241,7 +342,7 @@ class Protocol(BaseModel):
             name += f"-eot{spec.eot}"
         if spec.loss != "ce":
             name += f"-{spec.loss}"
-        if spec.settings and ":" in spec.attack:
+        if spec.settings and spec.attack.startswith("torchattacks:"):
             name += "-" + "-".join(f"{key}={value}" for key, value in sorted(spec.settings.items()))
         size = spec.step_size
         return Column(

@@ -9,7 +9,7 @@ import inspect
 import platform
 import subprocess
 import sysconfig
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from datetime import datetime
 from pathlib import Path
 from types import CodeType
@@ -105,8 +105,10 @@ def _compiled(code: CodeType) -> str:
     return repr((code.co_code.hex(), code.co_names, code.co_varnames, constants))
 
 
-def where(device: torch.device, started: datetime, seconds: float) -> Where:
-    """Commit, versions and device of a run that is ending."""
+def where(
+    device: torch.device, started: datetime, seconds: float, libraries: Mapping[str, str] | None = None
+) -> Where:
+    """Commit, versions and device of a run that is ending; `libraries` are those whose attacks it used."""
     import torchvision
 
     commit, dirty = _commit()
@@ -119,6 +121,7 @@ def where(device: torch.device, started: datetime, seconds: float) -> Where:
             "torch": torch.__version__,
             "torchvision": torchvision.__version__,
             "numpy": np.__version__,
+            **(libraries or {}),
         },
         device=torch.cuda.get_device_name(device) if device.type == "cuda" else f"cpu ({platform.machine()})",
         threads=torch.get_num_threads(),

@@ -30,6 +30,8 @@ if TYPE_CHECKING:
     import pandas as pd
 
 SCHEMA: Literal[2] = 2
+#: raised whenever an attack or the evaluation changes so that an outcome can move: older runs are then run again
+OUTCOMES = 2
 
 
 class Asked(BaseModel):
@@ -49,6 +51,8 @@ class Asked(BaseModel):
     seed: int
     samples: int
     precision: Literal["fp32", "bf16"] = "fp32"
+    harness: int = OUTCOMES
+    """which generation of the harness's attacks was asked"""
     code: str = ""
     """hash of the file that defines the defense, blind to comments; empty where there is no file"""
 
@@ -126,6 +130,23 @@ class Training(BaseModel):
     seconds: float | None = None
     parameters: int
     stages: list[dict[str, Any]] = []
+    """a row an epoch: `stage`, `epoch`, `loss`, `held_out` (the accuracy that selects), and what the stage observes"""
+    weights: Literal["best", "last"] | None = None
+    """which of a training's two networks this is: of the epoch selected on held-out images, or of the last epoch"""
+    epoch: int | None = None
+    """of the last stage, whose weights these are"""
+    passes: float | None = None
+    """forward-backward passes of the whole training per image learnt from, crafting included, held-out images not
+
+    One is a pass through all that the network computes for an image; a step on half of a mixture's experts is half a
+    pass. A graph that is recorded counts as differentiated.
+    """
+    forwards: float | None = None
+    """forward passes with no backward pass, likewise"""
+    checks: float | None = None
+    """forward-backward passes of attacking held-out images after each epoch, likewise"""
+    multiply_adds: int | None = None
+    """of one image's forward pass: what a pass of this network costs, to compare networks of different sizes"""
 
 
 class Facts(BaseModel):
@@ -141,6 +162,11 @@ class Facts(BaseModel):
     """the most often that a layer with parameters is called in one forward pass"""
     draws: int = 1
     """answers asked of a random model for each image that is scored"""
+    classes: int = 10
+    stated_clean: float | None = None
+    """the accuracy on clean images that its checkpoint states, in percent"""
+    zero_loss: float = 0.0
+    """the share of correctly classified images on which float32 cross-entropy is exactly 0"""
 
 
 class Audited(BaseModel):
@@ -194,7 +220,8 @@ class Record(BaseModel):
         - `index`, `label`, `column`: which image, and which question.
         - `prediction`: of the image that the attack ended with.
         - `robust`: whether the answer was right; of a random model, in every one of the draws.
-        - `restart`, `step`: the start, and the step after it, that broke the image; -1 where this column broke none.
+        - `restart`, `step`: the start, and the step after it, that broke the image; -1 where this column broke none, or
+          where a library does not tell the step.
         - `share`: of the draws that were right; 1 or 0 for a deterministic model.
         - `selected`: the same share over the draws that the attack chose its image by. `share` is over fresh ones, so
           what a column is worth is read off `share`, and which column is worst for an image off `selected`.
@@ -259,6 +286,49 @@ def read(path: Path) -> Record | None:
     return record
 
 
+def find(results: Path, run: str) -> Path:
+    """The folder of the run that a user means: its path, or any part of `dataset/defense/protocol-key` that only it has.
+
+    Raises:
+        UsageError: none or several fit.
+    """
+    folders = sorted(
+        path.parent for name in ("record", "void") for path in (results / "runs").glob(f"*/*/*/{name}.json")
+    )
+    given = Path(run)
+    if given.name in ("record.json", "void.json"):
+        given = given.parent
+    if any((given / name).is_file() for name in ("record.json", "void.json")):
+        return given
+    fits = list(
+        dict.fromkeys(path for path in folders if run in path.relative_to(results / "runs").as_posix())
+    )
+    if len(fits) == 1:
+        return fits[0]
+    shown = ", ".join(path.relative_to(results / "runs").as_posix() for path in (fits or folders)[:5])
+    known = (
+        f"; there are {shown}" + ("…" if len(fits or folders) > 5 else "")
+        if shown
+        else "; `bench run` makes some"
+    )
+    raise UsageError(f"{'several runs fit' if fits else 'no run fits'} {run!r} in {str(results)!r}{known}")
+
+
+def read_void(path: Path) -> Void | None:
+    """Why the run in this folder is void; None where it is not.
+
+    Raises:
+        UsageError: the file is damaged.
+    """
+    file = path / "void.json"
+    try:
+        return Void.model_validate_json(file.read_bytes())
+    except FileNotFoundError:
+        return None
+    except pydantic.ValidationError:
+        raise UsageError(f"{file} is damaged; delete it and run again") from None
+
+
 def read_all(results: Path) -> Iterator[Record]:
     """Every finished run of a results folder, in the order of their paths.
 
@@ -302,6 +372,24 @@ def finish(path: Path, record: Record, outcomes: bytes) -> None:
     """Writes a finished run: the outcomes first, the record that vouches for them last."""
     atomic(path / "outcomes.parquet", outcomes)
     atomic(path / "record.json", (record.model_dump_json(indent=2) + "\n").encode())
+    (path / "void.json").unlink(missing_ok=True)
+
+
+class Void(BaseModel):
+    """A run that must not become a number, and why."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    asked: Asked
+    findings: list[Finding]
+    verdict: Literal["void"] = "void"
+
+
+def void(path: Path, asked: Asked, findings: list[Finding]) -> None:
+    """Writes why a run is void; the same command tries again."""
+    atomic(
+        path / "void.json", (Void(asked=asked, findings=findings).model_dump_json(indent=2) + "\n").encode()
+    )
 
 
 def writable(results: Path) -> None:

@@ -64,6 +64,8 @@ class Session:
     device: torch.device
     batch_size: int
     precision: Precision
+    surrogates: Mapping[str, Job]
+    """what `transfer:` columns craft on, by their family"""
     results: Path
     quiet: bool
     say: Say
@@ -128,6 +130,12 @@ def prepare(
         _job(name, kind, recipe or ("tiny" if dataset == "digits" else "fast"), settings or {})
         for name, kind in kinds.items()
     )
+    surrogates = {
+        family: _surrogate(family, "tiny" if dataset == "digits" else "fast")
+        for family in {
+            spec.attack for one in asked for spec in one.specs if spec.attack.startswith("transfer:")
+        }
+    }
     where = _device(device)
     if batch_size is not None and batch_size < 1:
         raise UsageError(f"batch size must be at least 1, not {batch_size}")
@@ -146,11 +154,17 @@ def prepare(
         device=where,
         batch_size=batch_size or BATCH_SIZE[where.type],
         precision=precision,
+        surrogates=surrogates,
         results=Path(results),
         quiet=quiet,
         say=say or (lambda line: None),
         ask=ask,
     )
+
+
+def _surrogate(family: str, recipe: str) -> Job:
+    name = family.split(":", 1)[1]
+    return _job(name, registry.get(name), recipe, {})
 
 
 def _job(name: str, kind: type[Defense[Any]], recipe: str, settings: Mapping[str, object]) -> Job:

@@ -7,8 +7,8 @@ Holm's correction: Holm, Scandinavian Journal of Statistics 1979.
 from __future__ import annotations
 
 import math
+from bisect import bisect_left
 from collections.abc import Sequence
-from statistics import NormalDist
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -21,9 +21,6 @@ def wilson(
 ) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
     """The score interval of a share, as fractions in [0,1]: lower and upper ends, shaped like the arguments.
 
-    With z the two-sided normal quantile and p = successes / n, the ends are
-    `(p + z²/2n ± z·sqrt(p(1-p)/n + z²/4n²)) / (1 + z²/n)`.
-
     Args:
         successes: how many of the n; need not be whole, for the mean over several seeds is not.
         n: trials, at least one.
@@ -32,20 +29,16 @@ def wilson(
     Raises:
         UsageError: a count outside 0..n, no trials, or a level outside (0,1).
     """
-    k, total = np.asarray(successes, dtype=np.float64), np.asarray(n, dtype=np.float64)
+    k, total = np.broadcast_arrays(np.asarray(successes, dtype=np.float64), np.asarray(n, dtype=np.float64))
     if not 0 < level < 1:
         raise UsageError(f"level {level} of an interval is not between 0 and 1; 0.95 is usual")
     if not ((total > 0) & (k >= 0) & (k <= total)).all():
         raise UsageError(f"no interval for {k} successes of {total}; expected 0 ≤ successes ≤ n, n > 0")
-    z = NormalDist().inv_cdf((1 + level) / 2)
-    p = k / total
-    centre = p + z**2 / (2 * total)
-    reach = z * np.sqrt(p * (1 - p) / total + (z / (2 * total)) ** 2)
-    shrink = 1 + z**2 / total
-    # At the two borders the formula gives 0 and 1 but for rounding.
-    low = np.where(k == 0, 0.0, np.clip((centre - reach) / shrink, 0.0, 1.0))
-    high = np.where(k == total, 1.0, np.clip((centre + reach) / shrink, 0.0, 1.0))
-    return low, high
+    from statsmodels.stats.proportion import proportion_confint
+
+    low, high = proportion_confint(k, total, alpha=1 - level, method="wilson")
+    # at the two borders the ends are 0 and 1 but for rounding
+    return np.where(k == 0, 0.0, low), np.where(k == total, 1.0, high)
 
 
 def mean_std(values: Sequence[float] | NDArray[np.float64]) -> tuple[float, float]:
@@ -75,10 +68,13 @@ def mcnemar(a: ArrayLike, b: ArrayLike) -> float:
     first, second = np.asarray(a, dtype=bool), np.asarray(b, dtype=bool)
     if first.shape != second.shape:
         raise UsageError(f"{first.size} and {second.size} images; a paired test needs the same ones")
-    only_first, only_second = int((first & ~second).sum()), int((second & ~first).sum())
-    from scipy.special import bdtr
+    from statsmodels.stats.contingency_tables import mcnemar as test
 
-    return min(1.0, 2 * float(bdtr(min(only_first, only_second), only_first + only_second, 0.5)))
+    table = [
+        [(first & second).sum(), (first & ~second).sum()],
+        [(second & ~first).sum(), (~first & ~second).sum()],
+    ]
+    return float(test(table, exact=True).pvalue)
 
 
 def holm(pvalues: ArrayLike) -> NDArray[np.float64]:
@@ -90,8 +86,71 @@ def holm(pvalues: ArrayLike) -> NDArray[np.float64]:
     p = np.asarray(pvalues, dtype=np.float64)
     if not ((p >= 0) & (p <= 1)).all():
         raise UsageError(f"p-values lie between 0 and 1; got {p}")
-    order = np.argsort(p, kind="stable")
-    stepped = np.maximum.accumulate(p[order] * (len(p) - np.arange(len(p))))
-    adjusted = np.empty_like(p)
-    adjusted[order] = np.minimum(stepped, 1.0)
+    if not p.size:
+        return p
+    from statsmodels.stats.multitest import multipletests
+
+    adjusted: NDArray[np.float64] = multipletests(p, method="holm")[1]
     return adjusted
+
+
+#: the largest number of images that `images_needed` looks at: no test set has as many
+MOST_IMAGES = 1_000_000
+
+
+def images_needed(p10: float, p01: float, *, alpha: float = 0.05, power: float = 0.8) -> int:
+    """The smallest number of images on which McNemar's exact test tells two defenses apart often enough.
+
+    Of n images D ~ Binomial(n, p10 + p01) are discordant, and of those Binomial(D, p10 / (p10 + p01)) speak for the
+    first defense. The test is two-sided and sees D, so its power at n is the mean over D of the chance to reject.
+
+    That chance is a saw-tooth in D: each time the critical count stays where it was, one more image costs power. The
+    search therefore halves intervals on the running maximum of the chance over D instead, whose mean never falls with n
+    and is never below the power: no n short of its crossing can do. From there every n is tried in turn.
+
+    Args:
+        p10: share of the images on which only the first defense holds.
+        p01: share on which only the second one does.
+        alpha: the level of the test.
+        power: how often it shall reject.
+
+    Raises:
+        UsageError: shares that are none or equal, a level or power outside (0,1), or more than `MOST_IMAGES`.
+    """
+    if not (p10 >= 0 and p01 >= 0 and p10 + p01 <= 1 + 1e-12):
+        raise UsageError(
+            f"discordant shares {p10:g} and {p01:g}; expected two of at least 0, at most 1 together"
+        )
+    if p10 == p01:
+        raise UsageError(
+            f"both defenses win on {p10:g} of the images; no number of images tells equals apart"
+        )
+    for what, value in (("alpha", alpha), ("power", power)):
+        if not 0 < value < 1:
+            raise UsageError(f"{what} {value:g} is not between 0 and 1; 0.05 and 0.8 are usual")
+    from scipy.stats import binom
+
+    discordant = min(p10 + p01, 1.0)
+
+    def rejects(most: int) -> NDArray[np.float64]:
+        """The chance to reject given D = 0..most."""
+        d = np.arange(most + 1)
+        first = np.asarray(binom.ppf(alpha / 2, d, 0.5))
+        critical = first - (np.asarray(binom.cdf(first, d, 0.5)) > alpha / 2)
+        share = p10 / (p10 + p01)
+        return np.asarray(binom.cdf(critical, d, share) + binom.sf(d - critical - 1, d, share))
+
+    def mean(chance: NDArray[np.float64], n: int) -> float:
+        """Over D, but for tails that no sum in double precision would notice."""
+        low, high = int(binom.ppf(1e-15, n, discordant)), int(binom.isf(1e-15, n, discordant))
+        d = np.arange(low, high + 1)
+        return float(binom.pmf(d, n, discordant) @ chance[d])
+
+    enough = 1
+    while mean(chance := rejects(int(binom.isf(1e-15, enough, discordant))), enough) < power:
+        if enough == MOST_IMAGES:
+            raise UsageError(f"more than {MOST_IMAGES:,} images are needed; no test set has as many")
+        enough = min(2 * enough, MOST_IMAGES)
+    bound = np.maximum.accumulate(chance)
+    n = 1 + bisect_left(range(1, enough), power, key=lambda n: mean(bound, n))
+    return next(n for n in range(n, enough + 1) if mean(chance, n) >= power)

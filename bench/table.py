@@ -6,6 +6,8 @@ Defenses stand in one block only if they were asked the same of the same images.
 from __future__ import annotations
 
 import json
+import math
+import textwrap
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -14,7 +16,9 @@ import numpy as np
 
 from bench import published as printed
 from bench import typeset
-from bench.errors import UsageError
+from bench.compare import named, one, untestable
+from bench.errors import UnknownName, UsageError
+from bench.finding import Finding, verdict
 from bench.long import HEADER, WORST_CASE, Group, Measured, frame, groups, radius
 from bench.protocol import ADAPTIVE
 from bench.record import read_all
@@ -25,6 +29,9 @@ FORMATS = ("text", "markdown", "latex", "csv")
 LAYOUTS = ("paper", "long")
 #: the protocol whose tables have the columns of Table 3
 PAPER = "dwf-paper"
+
+#: how values are compared
+_TEST = "exact McNemar test on the same images, Holm over all comparisons, 5 %"
 
 #: the columns of the paper's Table 3: attack, its radius or steps, and the two lines of the heading
 _TABLE_3 = [
@@ -42,6 +49,7 @@ def render(
     format: str = "text",
     layout: str = "paper",
     published: bool = False,
+    compare_to: str | None = None,
     color: bool = False,
 ) -> str:
     """The finished runs of a results folder as a table, ending in a newline.
@@ -51,16 +59,21 @@ def render(
         format: `text`, `markdown`, `latex` or `csv`.
         layout: `paper`, as the DWF paper's Table 3, or `long`, one row per run and column.
         published: whether rows of published numbers are added; the long layout has none.
+        compare_to: the defense that every other row is tested against on the same images, in the paper's layout.
         color: whether text may use the terminal's bold and faint.
 
     Raises:
-        UsageError: no such format, layout or folder; no finished runs; or a damaged one.
+        UsageError: no such format, layout or folder; no finished runs; or a damaged one; nothing to compare in this
+            layout, or several rows of the defense that is compared to.
+        UnknownName: no row of that defense.
     """
     _check(format, layout)
     found = groups(read_all(Path(results)))
     if not found:
         raise UsageError(f"no finished runs in {str(results)!r}; `bench run` makes some")
-    return render_groups(found, format=format, layout=layout, published=published, color=color)
+    return render_groups(
+        found, format=format, layout=layout, published=published, compare_to=compare_to, color=color
+    )
 
 
 def render_groups(
@@ -69,17 +82,21 @@ def render_groups(
     format: str = "text",
     layout: str = "paper",
     published: bool = False,
+    compare_to: str | None = None,
     color: bool = False,
 ) -> str:
     """These groups as a table, ending in a newline; the arguments are those of `render`.
 
     Raises:
-        UsageError: no such format or layout.
+        UsageError: no such format or layout; nothing to compare in it, or several rows of that defense.
+        UnknownName: no row of the defense that is compared to.
     """
     _check(format, layout)
     if layout == "long":
+        if compare_to is not None:
+            raise UsageError("the long layout has no place for a comparison; take the paper's layout")
         return typeset.LONG[format](long(found, exact=format == "csv"))
-    return typeset.PAPER[format](paper(found, published=published), color)
+    return typeset.PAPER[format](paper(found, published=published, compare_to=compare_to), color)
 
 
 def _check(format: str, layout: str) -> None:
@@ -111,13 +128,20 @@ def long(found: Sequence[Group], *, exact: bool) -> list[list[str]]:
     return [list(HEADER), *([written(n, v) for n, v in zip(HEADER, row, strict=True)] for row in rows)]
 
 
-def paper(found: Sequence[Group], *, published: bool) -> list[Block]:
+def paper(found: Sequence[Group], *, published: bool, compare_to: str | None = None) -> list[Block]:
     """A block for every dataset, protocol and set of images, in that order.
 
     Args:
         found: the groups.
         published: whether the rows of the paper's Table 3 stand beside the measured ones.
+        compare_to: the defense that the other rows of its blocks are tested against.
+
+    Raises:
+        UnknownName: no group of that defense.
+        UsageError: several of its groups stand in one block.
     """
+    if compare_to is not None and not named(found, compare_to):
+        raise UnknownName("defense", compare_to, {group.label for group in found}, " (in this table)")
     alike: dict[tuple[str, str, str], list[Group]] = {}
     for group in found:
         asked = group.records[0].asked
@@ -126,7 +150,7 @@ def paper(found: Sequence[Group], *, published: bool) -> list[Block]:
         protocol = {**asked.protocol, "columns": columns}
         same = json.dumps([asked.samples, asked.data_hash, protocol], sort_keys=True)
         alike.setdefault((group.dataset, group.protocol, same), []).append(group)
-    return [_block(alike[key], published) for key in sorted(alike)]
+    return [_block(alike[key], published, compare_to) for key in sorted(alike)]
 
 
 @dataclass(frozen=True)
@@ -142,21 +166,26 @@ class _Slot:
         return None if self.name is None else group.column(self.name)
 
 
-def _block(alike: list[Group], published: bool) -> Block:
+def _block(alike: list[Group], published: bool, compare_to: str | None) -> Block:
     slots = _slots(alike)
     notes = _Notes()
+    doubts = [verdict(_findings(group)) for group in alike]
+    # a number that is doubted wins nothing
+    credible = [group for group, doubt in zip(alike, doubts, strict=True) if doubt == "credible"]
     shared = [
         text
         for text in alike[0].records[0].footnotes
         if all(text in r.footnotes for g in alike for r in g.records)
     ]
-    marks = notes.marks(shared)
-    cells = _set_off_best([[_cell(slot.of(group)) for slot in slots] for group in alike])
+    marks = notes.marks([*shared, *_few(credible, slots)])
+    lines = [[_cell(slot.of(group)) for slot in slots] for group in alike]
+    _set_off_best([line for line, doubt in zip(lines, doubts, strict=True) if doubt == "credible"])
+    differs = _set_off_differences(lines, alike, slots, compare_to) if compare_to is not None else ""
     from_paper = printed.rows(alike[0].dataset) if published and alike[0].protocol == PAPER else {}
     rows = []
-    for group, line in zip(alike, cells, strict=True):
+    for group, line, doubt in zip(alike, lines, doubts, strict=True):
         own = notes.marks(text for text in _remarks(group) if text not in shared)
-        rows.append(Row(group.label, own, tuple(line)))
+        rows.append(Row(group.label, own, tuple(line), doubt="" if doubt == "credible" else doubt))
         name = group.records[0].published_as
         if name in from_paper:
             rows.append(_printed_row(name, from_paper[name], slots, notes))
@@ -169,8 +198,9 @@ def _block(alike: list[Group], published: bool) -> Block:
         protocol=alike[0].protocol,
         title=_title(alike[0]),
         marks=marks,
-        caption=tuple(_caption(alike, slots, bool(from_paper))),
-        best=_best(alike, slots),
+        caption=tuple(_caption(alike, slots, bool(from_paper), doubts)),
+        best=_best(credible, slots, aside=len(credible) < len(alike)),
+        differs=differs,
         headings=tuple(slot.heading for slot in slots),
         rows=tuple(rows),
         notes=tuple(notes.texts.items()),
@@ -179,7 +209,7 @@ def _block(alike: list[Group], published: bool) -> Block:
 
 def _slots(alike: Sequence[Group]) -> list[_Slot]:
     """The columns of a block: those of Table 3 in its protocol, then what else there is, worst case last."""
-    columns = {column.name: column for group in alike for column in group.columns}
+    columns = {column.name: column for g in alike for column in g.columns if column.part_of is None}
     worst = columns.pop(WORST_CASE)
     slots = []
     if alike[0].protocol == PAPER:
@@ -194,7 +224,9 @@ def _slots(alike: Sequence[Group]) -> list[_Slot]:
     headings = {name: _heading(column, len(radii) > 1) for name, column in columns.items()}
     for name, heading in headings.items():
         twice = list(headings.values()).count(heading) > 1
-        slots.append(_Slot(("", name) if twice else heading, name))
+        top, sub = ("", name) if twice else heading
+        after = "+ " if columns[name].survivors else ""
+        slots.append(_Slot((after + top, sub) if top else ("", after + sub), name))
     return slots
 
 
@@ -220,15 +252,43 @@ def _cell(column: Measured | None) -> Cell | None:
     return Cell(column.accuracy, None if column.seeds == 1 else column.std)
 
 
-def _set_off_best(lines: list[list[Cell | None]]) -> list[list[Cell | None]]:
-    """The cells, the highest of each column marked as it is printed; the only one of a column is no best."""
-    for column in range(len(lines[0])):
+def _set_off_best(lines: list[list[Cell | None]]) -> None:
+    """Marks the highest cell of each column as it is printed; the only one of a column is no best."""
+    for column in range(len(lines[0]) if lines else 0):
         values = [round(cell.accuracy, 2) for line in lines if (cell := line[column]) is not None]
         for line in lines:
             cell = line[column]
             if cell is not None and len(values) > 1:
                 line[column] = replace(cell, best=round(cell.accuracy, 2) == max(values))
-    return lines
+
+
+def _set_off_differences(
+    lines: list[list[Cell | None]], alike: Sequence[Group], slots: Sequence[_Slot], compare_to: str
+) -> str:
+    """Marks the cells that differ from those of one defense, and says what was tested."""
+    if not named(alike, compare_to):
+        return f"nothing is marked, for {compare_to} has no row here"
+    reference = one(alike, compare_to)
+    compared: list[tuple[list[Cell | None], int]] = []
+    pvalues: list[float] = []
+    untested = []
+    for group, line in zip(alike, lines, strict=True):
+        if group is reference:
+            continue
+        if why := untestable(group, reference):
+            untested.append(f"{group.label} ({why})")
+            continue
+        for place, slot in enumerate(slots):
+            own, other = slot.of(group), slot.of(reference)
+            if own is not None and other is not None:
+                compared.append((line, place))
+                pvalues.append(mcnemar(group.outcomes(own.name), reference.outcomes(other.name)))
+    for (line, place), p in zip(compared, holm(pvalues), strict=True):
+        cell = line[place]
+        assert cell is not None
+        line[place] = replace(cell, differs=bool(p < 0.05))
+    test = f"differs from {reference.label} ({_TEST})"
+    return test + (f"; not tested: {', '.join(untested)}" if untested else "")
 
 
 def _printed_row(
@@ -261,14 +321,35 @@ class _Notes:
         return mark
 
 
+def _findings(group: Group) -> list[Finding]:
+    return [finding for record in group.records for finding in record.findings]
+
+
 def _remarks(group: Group) -> list[str]:
-    """What is to be said of a group alone: its footnotes, and its findings with the seeds they concern."""
+    """What is to be said of a group alone: its footnotes, and a line for every code of its findings."""
     remarks = list(dict.fromkeys(text for record in group.records for text in record.footnotes))
-    for text in dict.fromkeys(text for record in group.records for text in record.findings):
-        seeds = [record.asked.seed for record in group.records if text in record.findings]
-        some = len(seeds) < len(group.records)
-        remarks.append(f"{text} (seed {', '.join(map(str, seeds))})" if some else text)
+    for code in dict.fromkeys(finding.code for finding in _findings(group)):
+        remarks += _found(code, group)
     return remarks
+
+
+def _found(code: str, group: Group) -> list[str]:
+    """A finding with the seeds that it concerns; where they say different things, the first and who else has it."""
+    seeds: dict[Finding, list[int]] = {}
+    for record in group.records:
+        for finding in record.findings:
+            if finding.code == code:
+                seeds.setdefault(finding, []).append(record.asked.seed)
+    said = sorted(seeds, key=lambda finding: finding.severity == "informs")
+    first = said[0]
+    text = str(first)
+    if first.severity == "informs":
+        text = textwrap.shorten(text, 100, placeholder=" …")
+    also = sorted({seed for other in said[1:] for seed in seeds[other]})
+    own = ", ".join(map(str, seeds[first]))
+    if also:
+        return [f"{text} (seed {own}; also seed {', '.join(map(str, also))})"]
+    return [f"{text} (seed {own})" if len(seeds[first]) < len(group.records) else text]
 
 
 def _title(group: Group) -> str:
@@ -278,7 +359,9 @@ def _title(group: Group) -> str:
     return f"{group.dataset}, protocol {group.protocol}: accuracy in % on n = {n} images ({few}data {data})"
 
 
-def _caption(alike: Sequence[Group], slots: Sequence[_Slot], published: bool) -> Iterable[str]:
+def _caption(
+    alike: Sequence[Group], slots: Sequence[_Slot], published: bool, doubts: Sequence[str]
+) -> Iterable[str]:
     shown = [column for group in alike for slot in slots if (column := slot.of(group)) is not None]
     paper = alike[0].protocol == PAPER
     yield "SA: on clean images; " + ("RA: on attacked ones" if paper else "worst case: under every attack")
@@ -294,8 +377,15 @@ def _caption(alike: Sequence[Group], slots: Sequence[_Slot], published: bool) ->
     starts = {column.restarts for column in shown if column.attack == "ms-pgd" and column.restarts}
     if paper and starts:
         yield f"MS: {', '.join(map(str, sorted(starts)))} starts, A: adaptive attack"
-    reach = max(max(column.ci_high - column.accuracy, column.accuracy - column.ci_low) for column in shown)
-    yield f"95 % Wilson intervals reach at most {reach:.2f} points to either side"
+    if any(column.survivors for column in shown):
+        yield "+: attacks only what the columns to its left left standing"
+    reaches = [_reach(column) for column in shown if not math.isnan(column.accuracy)]
+    if reaches:
+        yield f"95 % Wilson intervals reach at most {max(reaches):.2f} points to either side"
+    if "suspect" in doubts:
+        yield "Suspect: something speaks against the numbers of this row, as its notes say"
+    if "void" in doubts:
+        yield "Void: this run must not become a number, as its notes say"
     several = [f"{group.label} {group.seeds}" for group in alike if group.seeds > 1]
     if several:
         single = "; rows without it are one seed" if len(several) < len(alike) else ""
@@ -310,11 +400,31 @@ def _caption(alike: Sequence[Group], slots: Sequence[_Slot], published: bool) ->
         )
 
 
-def _best(alike: Sequence[Group], slots: Sequence[_Slot]) -> str:
-    """Which values are set off, and how sure their lead over every other row is."""
+def _reach(column: Measured) -> float:
+    """How far the interval reaches to its wider side, in points."""
+    return max(column.ci_high - column.accuracy, column.accuracy - column.ci_low)
+
+
+def _few(alike: Sequence[Group], slots: Sequence[_Slot]) -> list[str]:
+    """A note where the best row leads the next by less than its interval reaches."""
+    names = []
+    for slot in slots:
+        asked = [column for group in alike if (column := slot.of(group)) is not None]
+        ranked = sorted(asked, key=lambda column: -column.accuracy)
+        if len(ranked) > 1 and 0 < ranked[0].accuracy - ranked[1].accuracy < _reach(ranked[0]):
+            names.append(" ".join(slot.heading).strip())
+    if not names:
+        return []
+    where = "every column" if len(names) == len(slots) else ", ".join(names)
+    n = len(alike[0].images)
+    return [f"few-images: n = {n}; the best row leads the next by less than its interval reaches in {where}"]
+
+
+def _best(alike: Sequence[Group], slots: Sequence[_Slot], aside: bool) -> str:
+    """Which values are set off, and how sure their lead over every other row is; `aside`: there are doubted rows."""
     if len(alike) < 2:
         return ""
-    said = "the best measured value of a column"
+    said = "the best measured value of a column" + (" in a credible row" if aside else "")
     if any(len(group.records) > 1 for group in alike):
         return f"{said}; leads are not tested where defenses have several seeds"
     if not all(np.array_equal(group.images, alike[0].images) for group in alike):
@@ -336,5 +446,4 @@ def _best(alike: Sequence[Group], slots: Sequence[_Slot]) -> str:
     where = "every column"
     if names:
         where = "no column" if len(names) == len(set(compared)) else f"every column but {', '.join(names)}"
-    test = "exact McNemar test on the same images, Holm over all comparisons, 5 %"
-    return f"{said}; its lead over every other row is significant in {where} ({test})"
+    return f"{said}; its lead over every other row is significant in {where} ({_TEST})"

@@ -16,7 +16,7 @@ import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -24,20 +24,16 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from bench.attacks.pgd import pgd
 from bench.data import Dataset, Split
 from bench.defense import Defense, Stage
-from bench.errors import CheckpointError, Interrupted, VoidRun
+from bench.errors import CheckpointError, Interrupted, UsageError, VoidRun
 from bench.fast import Precision
-from bench.model import evaluating
-from bench.progress import progress
+from bench.held_out import HeldOut, hold_out, pgd10
+from bench.passes import Work, counting, one_pass
+from bench.progress import Meter, progress
 from bench.record import atomic
 from bench.rng import Rng
-from bench.threat import Linf
 from bench.types import Images
-
-#: the share of the training images that is held out, and the most there ever are
-HELD_OUT, HELD_OUT_MOST = 0.1, 1000
 
 
 @dataclass
@@ -51,19 +47,50 @@ class State:
     model: dict[str, Tensor] = field(default_factory=dict)
     optimisers: list[dict[str, Any]] = field(default_factory=list)
     average: dict[str, Tensor] = field(default_factory=dict)
+    memory: list[dict[str, Any]] = field(default_factory=list)
+    """what each stage remembers"""
     best: dict[str, Tensor] = field(default_factory=dict)
     best_score: float = -1.0
+    best_epoch: int = 0
+    last: dict[str, Tensor] = field(default_factory=dict)
+    """the weights after the last epoch of the last stage, once it is over"""
     history: list[dict[str, Any]] = field(default_factory=list)
     seconds: float = 0.0
+    learning: dict[str, int] = field(default_factory=dict)
+    """the work of all steps"""
+    checking: dict[str, int] = field(default_factory=dict)
+    """the work on held-out images"""
 
 
 @dataclass(frozen=True)
 class Trained:
-    """A finished training: the network, what each epoch was like, and what it cost."""
+    """A finished training: the network, what each epoch was like, and what it cost.
+
+    Passes are in units of one pass of the whole network in eval mode, per image that is learnt from, over the whole
+    training; None where the network has no layer that `bench.passes` counts.
+
+    Args:
+        model: with the weights that were selected.
+        history: a row an epoch: `stage`, `epoch`, `loss`, `held_out` where the stage selects, and what it observes.
+        seconds: it took.
+        last: the state after the last epoch, which is that of `model` where nothing was selected.
+        epoch, epochs: of the last stage: the one whose weights `model` has, and how many there were.
+        passes: forward-backward passes of all steps, those that craft images included.
+        forwards: forward passes of all steps with no backward pass.
+        checks: forward-backward passes of looking at held-out images.
+        multiply_adds: of one image's forward pass.
+    """
 
     model: nn.Module
     history: list[dict[str, Any]]
     seconds: float
+    last: dict[str, Tensor]
+    epoch: int = 0
+    epochs: int = 0
+    passes: float | None = None
+    forwards: float | None = None
+    checks: float | None = None
+    multiply_adds: int | None = None
 
 
 def initial(defense: Defense[Any], data: Dataset, seed: int) -> nn.Module:
@@ -99,177 +126,237 @@ def train(
         Interrupted: SIGINT or SIGTERM; the state is kept and the same call goes on from it.
         VoidRun: a loss, a weight or a buffer is NaN or infinite.
         CheckpointError: the kept state is damaged or of another network.
+        UsageError: a stage observes something other than finite numbers.
     """
     stages = list(defense.stages(data))
     model = initial(defense, data, seed).to(device).to(memory_format=torch.channels_last)
     if not stages:
-        return Trained(model, [], 0.0)
-    state = _read(folder / "state.pt", model)
+        return Trained(model, [], 0.0, model.state_dict())
+    file = folder / "state.pt"
+    state = _read(file, model)
+    for stage, remembered in zip(stages, state.memory, strict=False):
+        stage.memory.update(remembered)
     kept, held = hold_out(data.train, data.classes)
     with stopping() as stop, torch.random.fork_rng(devices=_generators()):
+        loop = Loop(
+            stages=stages,
+            model=model,
+            state=state,
+            file=file,
+            data=data,
+            kept=kept,
+            held=HeldOut(held, device),
+            seed=seed,
+            device=device,
+            precision=precision,
+            quiet=quiet,
+            name=name,
+            stop=stop,
+            began=time.monotonic() - state.seconds,
+            learning=Work(**state.learning),
+            checking=Work(**state.checking),
+        )
         for number in range(state.stage, len(stages)):
-            _train_stage(
-                number,
-                stages[number],
-                model,
-                state,
-                kept,
-                held,
-                data,
-                seed,
-                folder,
-                device,
-                precision,
-                quiet,
-                name,
-                stop,
-            )
-    return Trained(model.eval(), state.history, state.seconds)
+            loop.run(number)
+    unit = one_pass(model, kept.batch(slice(0, 2), device)[0])
+    passes, forwards, checks = (
+        round(work / unit / len(kept), 3) if unit else None
+        for work in (loop.learning.graph, loop.learning.plain, loop.checking.graph)
+    )
+    return Trained(
+        model.eval(),
+        state.history,
+        state.seconds,
+        state.last,
+        epoch=state.best_epoch,
+        epochs=stages[-1].epochs,
+        passes=passes,
+        forwards=forwards,
+        checks=checks,
+        multiply_adds=round(unit) or None,
+    )
 
 
-def _train_stage(
-    number: int,
-    stage: Stage,
-    model: nn.Module,
-    state: State,
-    kept: Split,
-    held: Split,
-    data: Dataset,
-    seed: int,
-    folder: Path,
-    device: torch.device | str,
-    precision: Precision,
-    quiet: bool,
-    name: str,
-    stop: threading.Event,
-) -> None:
-    groups = stage.groups(model) if stage.groups else [list(model.parameters())]
-    optimisers = [
-        torch.optim.SGD(group, lr=stage.lr, momentum=stage.momentum, weight_decay=stage.weight_decay)
-        for group in groups
-    ]
-    if state.optimisers:
-        _restore(optimisers, state.optimisers, folder / "state.pt")
-    average = _Average(model, stage.ema, state.average) if stage.ema is not None else None
-    batches = len(kept) // stage.batch_size if len(kept) >= stage.batch_size else 1
-    autocast = _autocast(device, precision)
-    total, done = stage.epochs * batches, state.epoch * batches + state.step
-    began = time.monotonic() - state.seconds
+@dataclass(kw_only=True)
+class Loop:
+    """A training under way: what all of its stages share, and how one of them is run."""
 
-    def save() -> None:
-        state.model, state.optimisers = (
-            model.state_dict(),
-            [optimiser.state_dict() for optimiser in optimisers],
-        )
-        state.average = average.state if average else {}
-        state.seconds = time.monotonic() - began
-        _write(folder / "state.pt", state)
+    stages: Sequence[Stage]
+    model: nn.Module
+    state: State
+    file: Path
+    data: Dataset
+    kept: Split
+    held: HeldOut
+    seed: int
+    device: torch.device | str
+    precision: Precision
+    quiet: bool
+    name: str
+    stop: threading.Event
+    began: float
+    learning: Work
+    checking: Work
 
-    with progress(f"{name}: {stage.name}", total, done=done, quiet=quiet) as meter:
-        for epoch in range(state.epoch, stage.epochs):
-            model.train()
-            order = Rng(seed, "order", number, epoch).permutation(len(kept)).numpy()
-            for step in range(state.step, batches):
-                rng = Rng(seed, "train", number, epoch, step)
-                x, y = kept.batch(order[step * stage.batch_size : (step + 1) * stage.batch_size], device)
-                x = augment(x, data, rng.at("augment")).contiguous(memory_format=torch.channels_last)
-                lr = stage.lr * rate(epoch * batches + step, total, round(stage.warmup * batches))
-                for optimiser in optimisers:
-                    for group in optimiser.param_groups:
-                        group["lr"] = lr
-                # layers that draw from the global generator, such as dropout, are addressed too
-                torch.manual_seed(rng.at("global").seed())
-                with autocast:
-                    loss = stage.step(model, x, y, rng, optimisers)
-                if average:
-                    average.update(model)
-                value = loss.item()
-                if not math.isfinite(value):
-                    raise VoidRun(
-                        f"training void: the loss of {stage.name} is {value} in epoch {epoch + 1}, step {step + 1}; a smaller lr may help"
-                    )
+    def run(self, number: int) -> None:
+        """One stage, from the epoch and step where the state stands to its end."""
+        stage, state = self.stages[number], self.state
+        part = Part(self, number, stage)
+        with progress(f"{self.name}: {stage.name}", part.total, done=part.done, quiet=self.quiet) as meter:
+            for epoch in range(state.epoch, stage.epochs):
+                part.learn(epoch, meter)
+                part.look(epoch, meter)
+                state.epoch, state.step, state.loss = epoch + 1, 0, 0.0
+                if epoch + 1 < stage.epochs:
+                    self.save(part)
+                    self.obey(f"after epoch {epoch + 1} of {stage.name}")
+        part.choose()
+        state.stage, state.epoch, state.best, state.best_score = number + 1, 0, {}, -1.0
+        self.save(None)
+        self.obey(f"after {stage.name}")
+
+    def save(self, part: Part | None) -> None:
+        """Writes the state: that of a stage under way, or that between two stages."""
+        state = self.state
+        state.model = self.model.state_dict()
+        state.optimisers = [optimiser.state_dict() for optimiser in part.optimisers] if part else []
+        state.average = part.average.state if part and part.average else {}
+        state.memory = [stage.memory for stage in self.stages]
+        state.learning, state.checking = vars(self.learning), vars(self.checking)
+        state.seconds = time.monotonic() - self.began
+        _write(self.file, state)
+
+    def obey(self, where: str) -> None:
+        """Stops if that was asked; the state has been kept.
+
+        Raises:
+            Interrupted: it was.
+        """
+        if self.stop.is_set():
+            raise Interrupted(f"stopped {where}; the state is kept, the same command goes on from there")
+
+
+class Part:
+    """One stage under way: its optimisers, its average of the weights, and how many steps it has."""
+
+    def __init__(self, loop: Loop, number: int, stage: Stage) -> None:
+        self.loop, self.number, self.stage = loop, number, stage
+        model, state = loop.model, loop.state
+        groups = stage.groups(model) if stage.groups else [list(model.parameters())]
+        self.optimisers = [
+            torch.optim.SGD(group, lr=stage.lr, momentum=stage.momentum, weight_decay=stage.weight_decay)
+            for group in groups
+        ]
+        if state.optimisers:
+            _restore(self.optimisers, state.optimisers, loop.file)
+        self.average = _Average(model, stage.ema, state.average) if stage.ema is not None else None
+        self.batches = max(1, len(loop.kept) // stage.batch_size)
+        self.total = stage.epochs * self.batches
+        self.done = state.epoch * self.batches + state.step
+
+    def learn(self, epoch: int, meter: Meter) -> None:
+        """The steps of an epoch.
+
+        Raises:
+            Interrupted: a stop was asked for.
+            VoidRun: a loss is NaN or infinite.
+        """
+        loop, state, size = self.loop, self.loop.state, self.stage.batch_size
+        loop.model.train()
+        order = Rng(loop.seed, "order", self.number, epoch).permutation(len(loop.kept)).numpy()
+        with counting(loop.learning):
+            for step in range(state.step, self.batches):
+                value = self.step(epoch, step, order[step * size : (step + 1) * size])
                 state.loss += value
-                meter.advance(note=f"loss {value:.3f}")
                 state.step = step + 1
-                if stop.is_set() and state.step < batches:
+                meter.advance(note=f"loss {value:.3f}")
+                if loop.stop.is_set() and state.step < self.batches:
                     state.epoch = epoch
-                    save()
-                    raise Interrupted(
-                        f"stopped in {stage.name}, epoch {epoch + 1}; the state is kept, the same command goes on from there"
-                    )
-            _end_epoch(stage, epoch, batches, model, average, state, held, data, device)
-            state.epoch, state.step, state.loss = epoch + 1, 0, 0.0
-            if epoch + 1 < stage.epochs:
-                save()
-                if stop.is_set():
-                    raise Interrupted(
-                        f"stopped after epoch {epoch + 1} of {stage.name}; the state is kept, the same command goes on from there"
-                    )
-    if state.best:
-        model.load_state_dict(state.best)
-    elif average:
-        model.load_state_dict(average.state)
-    state.stage, state.epoch, state.best, state.best_score = number + 1, 0, {}, -1.0
-    state.model, state.optimisers, state.average = model.state_dict(), [], {}
-    state.seconds = time.monotonic() - began
-    _write(folder / "state.pt", state)
-    if stop.is_set():
-        raise Interrupted(
-            f"stopped after {stage.name}; the state is kept, the same command goes on from there"
-        )
+                    loop.save(self)
+                    loop.obey(f"in {self.stage.name}, epoch {epoch + 1}")
 
-
-def _end_epoch(
-    stage: Stage,
-    epoch: int,
-    batches: int,
-    model: nn.Module,
-    average: _Average | None,
-    state: State,
-    held: Split,
-    data: Dataset,
-    device: torch.device | str,
-) -> None:
-    for key, value in model.state_dict().items():
-        if value.is_floating_point() and not value.isfinite().all():
+    def step(self, epoch: int, step: int, rows: np.ndarray) -> float:
+        """One step on these images; its loss."""
+        loop, stage = self.loop, self.stage
+        rng = Rng(loop.seed, "train", self.number, epoch, step)
+        x, y = loop.kept.batch(rows, loop.device)
+        x = augment(x, loop.data, rng.at("augment")).contiguous(memory_format=torch.channels_last)
+        lr = stage.lr * rate(epoch * self.batches + step, self.total, round(stage.warmup * self.batches))
+        for optimiser in self.optimisers:
+            for group in optimiser.param_groups:
+                group["lr"] = lr
+        # layers that draw from the global generator, such as dropout, are addressed too
+        torch.manual_seed(rng.at("global").seed())
+        with _autocast(loop.device, loop.precision):
+            loss = stage.step(loop.model, x, y, rng, self.optimisers)
+        if self.average:
+            self.average.update(loop.model)
+        value = loss.item()
+        if not math.isfinite(value):
             raise VoidRun(
-                f"training void: {key} is NaN or infinite after epoch {epoch + 1} of {stage.name}; a smaller lr may help"
+                f"training void: the loss of {stage.name} is {value} in epoch {epoch + 1}, step {step + 1}; a smaller lr may help"
             )
-    row: dict[str, Any] = {"stage": stage.name, "epoch": epoch + 1, "loss": state.loss / batches}
-    if stage.select != "last":
-        scored = average.on(model) if average else model
-        row["held_out"] = score(scored, held, data, stage.select, device)
-        if row["held_out"] >= state.best_score:
-            state.best_score = row["held_out"]
-            state.best = {key: value.clone() for key, value in scored.state_dict().items()}
-    state.history.append(row)
+        return value
+
+    def look(self, epoch: int, meter: Meter) -> None:
+        """What an epoch has come to: its row in the history, and whether its weights are the best so far.
+
+        Raises:
+            VoidRun: a weight or a buffer is NaN or infinite.
+            UsageError: the stage observes something other than finite numbers.
+        """
+        loop, stage, state = self.loop, self.stage, self.loop.state
+        for key, value in loop.model.state_dict().items():
+            if value.is_floating_point() and not value.isfinite().all():
+                raise VoidRun(
+                    f"training void: {key} is NaN or infinite after epoch {epoch + 1} of {stage.name}; a smaller lr may help"
+                )
+        row: dict[str, Any] = {"stage": stage.name, "epoch": epoch + 1, "loss": state.loss / self.batches}
+        state.history.append(row)
+        looked_at = self.average.on(loop.model) if self.average else loop.model
+        with counting(loop.checking):
+            if stage.select != "last":
+                row["held_out"] = score(looked_at, loop.held, loop.data, stage.select)
+            if stage.observe is not None:
+                rows = [one for one in state.history if one["stage"] == stage.name]
+                row |= _numbers(stage, stage.observe(looked_at, loop.held, rows))
+        if stage.select != "last" and row["held_out"] >= state.best_score:
+            state.best_score, state.best_epoch = row["held_out"], epoch + 1
+            state.best = {key: value.clone() for key, value in looked_at.state_dict().items()}
+        said = [_said(name, value) for name, value in row.items() if name not in ("stage", "epoch")]
+        meter.advance(0, note=", ".join(filter(None, said)))
+
+    def choose(self) -> None:
+        """Gives the network the weights that its stage keeps; those of the last epoch of the last stage stay in the state."""
+        model, state = self.loop.model, self.loop.state
+        if self.average:
+            model.load_state_dict(self.average.state)
+        if self.number + 1 == len(self.loop.stages):
+            state.last = {key: value.clone() for key, value in model.state_dict().items()}
+        if state.best:
+            model.load_state_dict(state.best)
+        else:
+            state.best_epoch = self.stage.epochs
 
 
-def score(model: nn.Module, held: Split, data: Dataset, select: str, device: torch.device | str) -> float:
+def _numbers(stage: Stage, observed: Mapping[str, float]) -> dict[str, float]:
+    for name, value in observed.items():
+        if not isinstance(value, (bool, int, float)) or not math.isfinite(value):
+            raise UsageError(f"stage {stage.name!r} must observe finite numbers, not {name}={value!r}")
+    return dict(observed)
+
+
+def _said(name: str, value: float) -> str:
+    """A number of an epoch in words; a claim that does not hold goes without saying."""
+    words = name.replace("_", " ")
+    if isinstance(value, bool):
+        return words if value else ""
+    return f"{words} {value:.3f}"
+
+
+def score(model: nn.Module, held: HeldOut, data: Dataset, select: str) -> float:
     """Accuracy on held-out images, clean or under PGD-10 at the dataset's radius; in [0,1]."""
-    right = 0
-    with evaluating(model):
-        for start in range(0, len(held), 250):
-            x, y = held.batch(slice(start, start + 250), device)
-            if select == "robust":
-                x = pgd(model, x, y, Linf(data.eps), rng=Rng(0, "held-out", start), steps=10)
-            with torch.no_grad():
-                right += int((model(x).argmax(1) == y).sum())
-    return right / len(held)
-
-
-def hold_out(split: Split, classes: Sequence[str]) -> tuple[Split, Split]:
-    """The training images that are learnt from, and those held out: the same share of every class, whatever the seed."""
-    share = min(HELD_OUT, HELD_OUT_MOST / len(split))
-    out = []
-    for label in range(len(classes)):
-        mine = np.flatnonzero(split.labels == label)
-        order = Rng(0, "held-out", label).permutation(len(mine)).numpy()
-        out.append(mine[order[: round(share * len(mine))]])
-    held = np.sort(np.concatenate(out)) if out else np.empty(0, int)
-    if len(held) == 0:
-        return split, split
-    return split.take(np.setdiff1d(np.arange(len(split)), held)), split.take(held)
+    return held.accuracy(model, pgd10(data.eps) if select == "robust" else None)
 
 
 def augment(x: Images, data: Dataset, rng: Rng) -> Images:
@@ -359,12 +446,10 @@ def _read(path: Path, model: nn.Module) -> State:
         raise CheckpointError(f"cannot read {path}: {error.strerror}") from None
     if hashlib.sha256(raw[64:]).hexdigest().encode() != raw[:64]:
         raise CheckpointError(f"{path} is damaged; delete it to train from the start")
-    try:
-        state = State(**torch.load(io.BytesIO(raw[64:]), map_location="cpu", weights_only=True))
-    except TypeError:
-        raise CheckpointError(
-            f"{path} was written by another version; delete it to train from the start"
-        ) from None
+    stored = torch.load(io.BytesIO(raw[64:]), map_location="cpu", weights_only=True)
+    if set(stored) != {one.name for one in fields(State)}:
+        raise CheckpointError(f"{path} was written by another version; delete it to train from the start")
+    state = State(**stored)
     try:
         model.load_state_dict(state.model)
     except RuntimeError:

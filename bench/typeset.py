@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import io
+import math
 import textwrap
 import unicodedata
 from collections.abc import Callable, Sequence
@@ -13,30 +14,50 @@ from bench.long import HEADER
 
 #: stands where there is no value
 MISSING = "–"
+#: stands where there must be no value
+VOID = "void"
+#: stands behind a value that differs from the one it is compared with
+DIFFERS = "†"
 #: characters of a line of text; a wider table is written in several parts, one below the other
 WIDTH = 200
 
 
 @dataclass(frozen=True)
 class Cell:
-    """An accuracy in percent, its std over seeds (None for one), and whether it is the best of its column."""
+    """An accuracy in percent (NaN where it is void), its std over seeds (None for one), and what sets it off.
+
+    It may be the `best` of its column, and may be found by a test that it `differs` from the row it is compared with.
+    """
 
     accuracy: float
     std: float | None = None
     best: bool = False
+    differs: bool = False
 
     def __str__(self) -> str:
-        return f"{self.accuracy:.2f}" + ("" if self.std is None else f" ± {self.std:.2f}")
+        if math.isnan(self.accuracy):
+            return VOID
+        std = "" if self.std is None else f" ± {self.std:.2f}"
+        return f"{self.accuracy:.2f}{std}{DIFFERS if self.differs else ''}"
 
 
 @dataclass(frozen=True)
 class Row:
-    """A defense, or what a paper prints of one (`published`); None where it was not asked."""
+    """A defense, or what a paper prints of one (`published`); None where it was not asked.
+
+    `doubt` is `suspect` or `void` where the runs are not credible.
+    """
 
     label: str
     marks: tuple[str, ...]
     cells: tuple[Cell | None, ...]
     published: bool = False
+    doubt: str = ""
+
+    @property
+    def name(self) -> str:
+        """The label, with the doubt beside it."""
+        return f"{self.label} ({self.doubt})" if self.doubt else self.label
 
 
 @dataclass(frozen=True)
@@ -49,6 +70,7 @@ class Block:
         caption: further sentences.
         best: what is to be said of the best value of a column, after the words for how it is set off; empty
             where there is nothing to compare.
+        differs: what the dagger behind a value says; empty where nothing was compared with one row.
         headings: per column, its two lines.
         rows: in order.
         notes: mark and text.
@@ -60,6 +82,7 @@ class Block:
     marks: tuple[str, ...]
     caption: tuple[str, ...]
     best: str
+    differs: str
     headings: tuple[tuple[str, str], ...]
     rows: tuple[Row, ...]
     notes: tuple[tuple[str, str], ...]
@@ -68,17 +91,19 @@ class Block:
 def _caption(block: Block, how: str, marks: str) -> list[str]:
     """The sentences of a caption; `how` is the word for what sets off the best value."""
     best = [f"{how}: {block.best}"] if block.best else []
-    return [f"{sentence}." for sentence in (block.title + marks, *block.caption, *best)]
+    differs = [f"{DIFFERS}: {block.differs}"] if block.differs else []
+    return [f"{sentence}." for sentence in (block.title + marks, *block.caption, *best, *differs)]
 
 
 def _paper_text(block: Block, color: bool) -> str:
     title, *sentences = _caption(block, "Bold" if color else "*", _bracketed(block.marks))
     lines = [title, *_wrapped(" ".join(sentences))]
-    labels = [("  " if row.published else "") + row.label + _bracketed(row.marks) for row in block.rows]
+    labels = [("  " if row.published else "") + row.name + _bracketed(row.marks) for row in block.rows]
     first = max(map(len, labels))
-    texts = [[_text_cell(cell, color) for cell in row.cells] for row in block.rows]
+    tail = "  " if block.differs else " "
+    texts = [[_text_cell(cell, color, len(tail)) for cell in row.cells] for row in block.rows]
     widths = [
-        max(len(sub) + 1, *(len(line[place]) for line in texts))
+        max(len(sub + tail), *(len(line[place]) for line in texts))
         for place, (_, sub) in enumerate(block.headings)
     ]
     for top, start, stop in _spans(block.headings):
@@ -88,7 +113,7 @@ def _paper_text(block: Block, color: bool) -> str:
         start, stop = panel[0][1], panel[-1][2]
         ruler = "-" * (first + 1 + _room(widths[start:stop]))
         tops = [top.center(_room(widths[a:b])) for top, a, b in panel]
-        subs = [f"{block.headings[c][1]} ".rjust(widths[c]) for c in range(start, stop)]
+        subs = [(block.headings[c][1] + tail).rjust(widths[c]) for c in range(start, stop)]
         heads = [" ".join([" " * first, *line]).rstrip() for line in (tops, subs)]
         lines += [ruler, *filter(None, heads), ruler]
         for row, label, line in zip(block.rows, labels, texts, strict=True):
@@ -123,11 +148,10 @@ def _panels(
     return panels
 
 
-def _text_cell(cell: Cell | None, color: bool) -> str:
-    """A cell whose last character is its star, or the room for it."""
-    if cell is None:
-        return f"{MISSING} "
-    return f"{cell}*" if cell.best and not color else f"{cell} "
+def _text_cell(cell: Cell | None, color: bool, room: int) -> str:
+    """A cell that ends in its dagger and its star, or in the room for them."""
+    marks = "" if cell is None else DIFFERS * cell.differs + "*" * (cell.best and not color)
+    return (MISSING if cell is None else str(cell).removesuffix(DIFFERS)) + marks.ljust(room)
 
 
 def _emphasised(text: str, cell: Cell | None) -> str:
@@ -173,7 +197,7 @@ def _paper_markdown(block: Block) -> str:
     heads = ["defense", *(" ".join(heading).strip() for heading in block.headings)]
     lines = [_markdown(caption), "", *_markdown_head(heads, 1)]
     for row in block.rows:
-        label = _markdown(row.label + _bracketed(row.marks))
+        label = _markdown(row.name + _bracketed(row.marks))
         cells = [_markdown_cell(cell, row.published) for cell in row.cells]
         lines.append(f"| {' | '.join([f'*{label}*' if row.published else label, *cells])} |")
     # Two blanks end a line without ending the paragraph.
@@ -232,7 +256,7 @@ def _paper_latex(block: Block, name: str) -> str:
         "\\midrule",
     ]
     for row in block.rows:
-        label = _latex(row.label)
+        label = _latex(row.name)
         label = (f"\\quad\\textit{{{label}}}" if row.published else label) + _superscript(row.marks)
         lines.append(_latex_row([label, *(_latex_cell(cell, row.published) for cell in row.cells)]))
     lines += ["\\bottomrule", "\\end{tabular}}"]
@@ -249,7 +273,7 @@ def _latex_row(cells: Sequence[str]) -> str:
 def _latex_cell(cell: Cell | None, published: bool) -> str:
     if cell is None:
         return "--"
-    text = f"{cell.accuracy:.2f}" + ("" if cell.std is None else f" $\\pm$ {cell.std:.2f}")
+    text = _latex(str(cell))
     return f"\\textbf{{{text}}}" if cell.best else f"\\textit{{{text}}}" if published else text
 
 
@@ -277,6 +301,7 @@ _LATEX = {
     "“": "``",
     "”": "''",
     "±": r"$\pm$",
+    "†": r"$\dagger$",
     "×": r"$\times$",
     "·": r"$\cdot$",
     "−": "$-$",
@@ -346,7 +371,7 @@ def _paper_csv(blocks: Sequence[Block]) -> str:
         for row in block.rows:
             cells = dict(zip(block.headings, row.cells, strict=True))
             texts = ["" if (cell := cells.get(heading)) is None else str(cell) for heading in headings]
-            source = "published" if row.published else "measured"
+            source = "published" if row.published else f"measured, {row.doubt}" if row.doubt else "measured"
             lines.append([block.dataset, block.protocol, row.label, source, *texts])
     return _csv(lines)
 

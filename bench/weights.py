@@ -9,7 +9,7 @@ import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import Literal
 
 import torch
 from torch import nn
@@ -22,18 +22,17 @@ from bench.config import as_json
 from bench.data import Dataset
 from bench.defense import Stage
 from bench.errors import AttackCrash, BenchError, CheckpointError, Interrupted, UsageError, VoidRun
+from bench.fast import Precision
 from bench.judge import Cost, Judge, before_any_attack
 from bench.progress import duration
-from bench.record import Training
-from bench.train import estimate, initial, train
-
-if TYPE_CHECKING:
-    pass
-
-
-from bench.fast import Precision
 from bench.provenance import code_hash, size
+from bench.record import Training
 from bench.session import Job, Session
+from bench.train import Trained, estimate, initial, train
+
+#: which of the two networks of a training: of the epoch that did best on held-out images, or of the last one
+Which = Literal["best", "last"]
+FILES: dict[Which, str] = {"best": "model.safetensors", "last": "last.safetensors"}
 
 #: a training that is longer is announced, and asked about where there is somebody to ask
 LONG = 3600.0
@@ -55,8 +54,16 @@ class Weights:
     """whether the accuracy that a checkpoint states was found on these images"""
 
 
-def weigh(session: Session, job: Job, seed: int) -> Weights:
-    """The network of a job with its weights: from the checkpoint given, from an earlier training, or trained now."""
+def weigh(session: Session, job: Job, seed: int, which: Which = "best") -> Weights:
+    """The network of a job with its weights: from the checkpoint given, from an earlier training, or trained now.
+
+    Args:
+        session, job, seed: what was asked.
+        which: of a training's two networks; a checkpoint that is given is one.
+
+    Raises:
+        CheckpointError: an earlier training kept the best epoch alone, and the last one is asked for.
+    """
     defense, data = job.defense, session.data
     model = build(job, data, seed).to(session.device)
     code = code_hash(job.kind, model)
@@ -69,8 +76,12 @@ def weigh(session: Session, job: Job, seed: int) -> Weights:
     if not stages(job, data):
         return Weights(model, Training(source="as built", seed=seed, parameters=size(model)), code)
     folder = _training_folder(session, job, seed, code)
-    path = folder / "model.safetensors"
+    path = folder / FILES[which]
     if not path.is_file():
+        if (folder / FILES["best"]).is_file():
+            raise CheckpointError(
+                f"{folder} keeps the best epoch alone; delete it to train again and keep the last"
+            )
         if seed == session.seeds[0]:
             for later in session.jobs[session.jobs.index(job) :]:
                 _try(session, later)
@@ -94,16 +105,35 @@ def _train(session: Session, job: Job, seed: int, folder: Path) -> None:
             quiet=session.quiet,
             name=job.name,
         )
+    # the best network is written last: a folder that has it is complete
+    _save(folder, session, job, seed, trained, "last")
+    _save(folder, session, job, seed, trained, "best")
+    (folder / "state.pt").unlink(missing_ok=True)
+    for row in (row for row in trained.history if row.get("collapsed")):
+        session.say(
+            f"{job.name}: its robustness collapsed in epoch {row['epoch']} of {row['stage']}: {100 * row['held_out']:.0f} % of the held-out images are left under PGD-10"
+        )
+    session.say(f"trained {job.name} in {duration(trained.seconds)}: {folder / FILES['best']}")
+
+
+def _save(folder: Path, session: Session, job: Job, seed: int, trained: Trained, which: Which) -> None:
+    """Writes one of the two networks of a training, with how it came about."""
     made = Training(
         source="trained",
         seed=seed,
         seconds=round(trained.seconds, 1),
         parameters=size(trained.model),
         stages=trained.history,
+        weights=which,
+        epoch=trained.epoch if which == "best" else trained.epochs,
+        passes=trained.passes,
+        forwards=trained.forwards,
+        checks=trained.checks,
+        multiply_adds=trained.multiply_adds,
     )
     checkpoints.save(
-        folder / "model.safetensors",
-        trained.model.state_dict(),
+        folder / FILES[which],
+        trained.model.state_dict() if which == "best" else trained.last,
         {
             "bench": bench.__version__,
             "defense": job.name,
@@ -113,8 +143,6 @@ def _train(session: Session, job: Job, seed: int, folder: Path) -> None:
             "training": made.model_dump_json(),
         },
     )
-    (folder / "state.pt").unlink(missing_ok=True)
-    session.say(f"trained {job.name} in {duration(trained.seconds)}: {folder / 'model.safetensors'}")
 
 
 def build(job: Job, data: Dataset, seed: int) -> nn.Module:

@@ -8,9 +8,15 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
+from bench.finding import Finding, verdict
 from bench.record import Asked, ColumnRecord, Record, Training, Where, finish, folder, read
 
 EPS = 8 / 255
+
+
+def found(evidence: str, severity: str = "warns", code: str = "zero-gradient") -> Finding:
+    """A finding that says this."""
+    return Finding(code=code, severity=severity, evidence=evidence, advice="look again")
 
 
 def paper_columns(eps: float = EPS) -> list[ColumnRecord]:
@@ -49,9 +55,13 @@ def run(
     precision: str = "fp32",
     shuffle: bool = False,
     damage=lambda table: table,
+    findings: Sequence[Finding] = (),
     **said,
 ) -> Record:
-    """A finished run; `held` says per column which images held, or how many of the first; all by default."""
+    """A finished run; `held` says per column which images held, or how many of the first; all by default.
+
+    Its verdict is what its findings come to.
+    """
     columns = paper_columns() if columns is None else list(columns)
     held = held or {}
     parts = []
@@ -67,7 +77,10 @@ def run(
                     "column": column.name,
                     "prediction": np.where(robust, labels, (labels + 1) % 10),
                     "robust": robust,
-                    "restart": 0,
+                    "restart": np.where(robust, -1, 0).astype("int16"),
+                    "step": np.where(robust, -1, 1).astype("int16"),
+                    "share": robust.astype("float32"),
+                    "selected": robust.astype("float32"),
                 }
             )
         )
@@ -97,11 +110,13 @@ def run(
         where=Where(
             bench="0", commit=None, dirty=None, versions={}, device="cpu", threads=1, started="", seconds=1
         ),
+        findings=list(findings),
+        verdict=verdict(findings),
         outcomes_sha256=hashlib.sha256(file.getvalue()).hexdigest(),
         **said,
     )
     path = folder(results, asked)
     finish(path, record, file.getvalue())
-    found = read(path)
-    assert found is not None
-    return found
+    record = read(path)
+    assert record is not None
+    return record

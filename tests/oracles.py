@@ -1,7 +1,10 @@
 """Models whose robustness is known exactly."""
 
+from itertools import product
+
 import numpy as np
 import torch
+from scipy.optimize import linprog
 from torch import nn
 
 from bench.data import Dataset, Split
@@ -38,6 +41,88 @@ class Hyperplane(nn.Module):
     @torch.no_grad()
     def labels(self, x):
         return (self.z(x) < 0).long()
+
+
+class Sphere(nn.Module):
+    """Classes 0 and 1 lie inside and outside a sphere, the others are idle: logits are quadratic in the image.
+
+    The L2 distance of `x` to the other class is `|r - ‖x - c‖|`, while the box does not bind.
+    """
+
+    def __init__(self, radius: float = 0.48, classes: int = 10) -> None:
+        super().__init__()
+        self.classes, self.radius = classes, radius
+        self.c = nn.Parameter(torch.full(SHAPE, 0.5))
+
+    def z(self, x):
+        return self.radius**2 - (x - self.c).square().flatten(1).sum(1)
+
+    def forward(self, x):
+        z = self.z(x)
+        return torch.cat([torch.stack([z, -z], 1), z.new_full((len(z), self.classes - 2), -1e3)], 1)
+
+    @torch.no_grad()
+    def margin(self, x):
+        return (self.radius - (x - self.c).flatten(1).norm(dim=1)).abs()
+
+    @torch.no_grad()
+    def labels(self, x):
+        return (self.z(x) < 0).long()
+
+
+class TwoLayer(nn.Module):
+    """A rectified network with so few hidden units that its exact L∞ margin is found by trying all activation patterns."""
+
+    def __init__(self, hidden: int = 5, classes: int = 10, seed: int = 4) -> None:
+        super().__init__()
+        generator = torch.Generator().manual_seed(seed)
+        self.classes = classes
+        self.w = nn.Parameter(torch.randn(hidden, int(np.prod(SHAPE)), generator=generator))
+        self.b = nn.Parameter(-0.5 * self.w.detach().sum(1) + 0.3 * torch.randn(hidden, generator=generator))
+        self.a = nn.Parameter(torch.randn(hidden, generator=generator))
+        self.c = nn.Parameter(torch.tensor(0.0))
+
+    def z(self, x):
+        return (x.flatten(1) @ self.w.T + self.b).relu() @ self.a + self.c
+
+    def forward(self, x):
+        z = self.z(x)
+        return torch.cat([torch.stack([z, -z], 1), z.new_full((len(z), self.classes - 2), -1e3)], 1)
+
+    @torch.no_grad()
+    def labels(self, x):
+        return (self.z(x) < 0).long()
+
+    def margin(self, x):
+        """The distance of each image to the other class: on every activation pattern a linear program, the least of all."""
+        w, b, a, c = (p.detach().double().numpy() for p in (self.w, self.b, self.a, self.c))
+        d = w.shape[1]
+        found = []
+        for image, sign in zip(
+            x.flatten(1).double().numpy(), np.sign(self.z(x).detach().numpy()), strict=True
+        ):
+            best = np.inf
+            for pattern in product((0.0, 1.0), repeat=len(a)):
+                on = np.array(pattern)
+                # unknowns: the image and its distance t; t is least
+                rows = [np.hstack([np.eye(d), -np.ones((d, 1))]), np.hstack([-np.eye(d), -np.ones((d, 1))])]
+                bounds = [image, -image]
+                # each unit on its side of zero
+                rows.append(np.hstack([(1 - 2 * on)[:, None] * w, np.zeros((len(a), 1))]))
+                bounds.append(-(1 - 2 * on) * b)
+                # and the score on the other side
+                rows.append(np.hstack([sign * (a * on) @ w, 0.0])[None])
+                bounds.append(np.array([-sign * ((a * on) @ b + c)]))
+                answer = linprog(
+                    np.r_[np.zeros(d), 1.0],
+                    np.vstack(rows),
+                    np.hstack(bounds),
+                    bounds=[(0, 1)] * d + [(0, None)],
+                )
+                if answer.status == 0:
+                    best = min(best, answer.fun)
+            found.append(best)
+        return torch.tensor(found)
 
 
 def points(n: int = 24, seed: int = 1) -> torch.Tensor:

@@ -8,11 +8,14 @@ from learnable import dataset
 from torch import nn
 from torch.nn import functional as F
 
+from bench.config import replaced
+from bench.errors import UsageError
+from bench.held_out import HeldOut
 from bench.rng import Rng
 from bench.threat import Linf
-from bench.train import initial
+from bench.train import initial, train
 from defenses import fgsm_at, pgd_at
-from defenses.fgsm_at import FGSMAT
+from defenses.fgsm_at import FGSMAT, collapsed
 from defenses.pgd_at import PGDAT
 
 DATA = dataset(eps=0.08)
@@ -72,13 +75,16 @@ def by_hand(model, x, y, start, eps, steps, step_size):
     return x_adv
 
 
-def test_recipes_say_which_share_of_the_batch_is_attacked():
-    assert all(config.half_batch for config in FGSMAT.recipes.values())
-    assert {name: config.half_batch for name, config in PGDAT.recipes.items()} == {
+@BOTH
+def test_recipes_say_which_share_of_the_batch_is_attacked(kind):
+    assert {name: config.half_batch for name, config in kind.recipes.items()} == {
         "tiny": False,
         "fast": False,
         "paper": True,
     }
+
+
+def test_the_recipe_of_the_paper_is_the_papers():
     paper = PGDAT.recipes["paper"]
     assert (paper.steps, paper.epochs, paper.batch_size, paper.lr, paper.weight_decay) == (
         10,
@@ -147,6 +153,78 @@ def test_fgsm_is_the_sign_of_the_gradient_at_the_datasets_radius_or_the_one_set(
     expected = by_hand(network(), x, y, x, eps, 1, eps)
     torch.testing.assert_close(shown, expected)
     torch.testing.assert_close(loss, F.cross_entropy(network()(expected), y))
+
+
+@pytest.mark.parametrize(
+    ("settings", "eps", "step_size"),
+    [({}, 0.08, 0.1), ({"eps": 0.04}, 0.04, 0.05), ({"eps": 0.04, "step_size": 0.03}, 0.04, 0.03)],
+)
+def test_rs_fgsm_is_one_step_from_a_uniform_start_projected_into_the_ball(settings, eps, step_size):
+    shown, x, y, loss, _ = learnt_from(FGSMAT, **WHOLE | {"variant": "rs"} | settings)
+    start = Linf(eps).random_start(x, Rng(0).at("start"))
+    expected = by_hand(network(), x, y, start, eps, 1, step_size)
+    torch.testing.assert_close(shown, expected)
+    torch.testing.assert_close(loss, F.cross_entropy(network()(expected), y))
+
+
+def test_the_mixture_of_2015_weighs_the_losses_of_both_images():
+    (stage,), model, (x, y) = made(FGSMAT, clean_weight=0.3).stages(DATA), network(), batch()
+    x_adv = by_hand(model, x, y, x, 0.08, 1, 0.08)
+    expected = 0.3 * F.cross_entropy(model(x), y) + 0.7 * F.cross_entropy(model(x_adv), y)
+    torch.testing.assert_close(stage.loss(network(), x, y, Rng(0)), expected)
+
+
+def test_a_clean_weight_that_leaves_no_attack_is_refused():
+    with pytest.raises(UsageError, match="clean_weight"):
+        replaced(FGSMAT.recipes["tiny"], {"clean_weight": "1"})
+
+
+@pytest.mark.parametrize(
+    ("under_pgd", "under_fgsm", "said"),
+    [
+        ([0.4, 0.0], 0.8, True),
+        ([0.4, 0.1], 0.31, True),
+        ([0.4, 0.1], 0.29, False),
+        ([0.4, 0.21], 0.9, False),
+        ([0.4, 0.0, 0.0], 0.9, False),
+        ([0.0, 0.4], 0.9, False),
+        ([0.1], 0.9, False),
+    ],
+)
+def test_a_collapse_is_a_fall_under_pgd_within_an_epoch_that_fgsm_does_not_see(under_pgd, under_fgsm, said):
+    assert collapsed(under_pgd, under_fgsm) is said
+
+
+def test_the_epoch_of_a_collapse_is_marked_in_the_history():
+    data = dataset(eps=0.08)
+    (stage,) = made(FGSMAT).stages(data)
+    model, held = Templates(data), HeldOut(data.train)
+    assert held.accuracy(model) == 1
+    found = held.accuracy(model, lambda m, x, y, rng: by_hand(m, x, y, x, 0.08, 1, 0.08))
+    assert 0.2 < found <= 1
+    for now, said in ((0.0, True), (found, False)):
+        rows = [{"held_out": 0.9}, {"held_out": 0.9}, {"held_out": now}]
+        assert stage.observe(model, held, rows) == {"held_out_fgsm": found, "collapsed": said}
+
+
+class Templates(nn.Module):
+    """Answers with the class whose mean training image is nearest."""
+
+    def __init__(self, data):
+        super().__init__()
+        x, y = data.train.batch(slice(None))
+        self.means = torch.stack([x[y == label].mean(0).flatten() for label in range(3)])
+
+    def forward(self, x):
+        return -((x.flatten(1)[:, None] - self.means) ** 2).sum(2)
+
+
+def test_each_epoch_is_logged_under_fgsm_beside_pgd10(tmp_path):
+    defense = made(FGSMAT, epochs=2, batch_size=18, half_batch=False)
+    history = train(defense, DATA, seed=0, folder=tmp_path, quiet=True).history
+    assert [set(row) for row in history] == [
+        {"stage", "epoch", "loss", "held_out", "held_out_fgsm", "collapsed"}
+    ] * 2
 
 
 @pytest.mark.parametrize(

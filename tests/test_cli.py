@@ -481,7 +481,7 @@ def test_a_crash_of_an_attack_is_a_bug_and_still_one_line(refused, monkeypatch):
     def crash(*args, **options):
         raise ZeroDivisionError("inside")
 
-    monkeypatch.setattr("bench.evaluate.sweep", crash)
+    monkeypatch.setattr("bench.trial.sweep", crash)
     refused([*FINE, "--seed", "8"], "run void: the attack raised ZeroDivisionError: inside", code=1)
 
 

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import io
+import os
 import pickle
+import shutil
 import subprocess
 import sys
 import tarfile
@@ -37,7 +39,15 @@ def test_names_are_known_without_importing_torch():
     code = "import sys, bench.data; bench.data.names(); sys.exit('torch' in sys.modules)"
     root = Path(__file__).parents[1]
     assert subprocess.run([sys.executable, "-c", code], cwd=root, check=False).returncode == 0
-    assert list(names()) == ["digits", "cifar10", "cifar100", "svhn", "npz:DIR", "folder:DIR"]
+    assert list(names()) == [
+        "digits",
+        "cifar10",
+        "cifar100",
+        "svhn",
+        "tiny-imagenet",
+        "npz:DIR",
+        "folder:DIR",
+    ]
 
 
 @pytest.mark.parametrize(
@@ -423,6 +433,120 @@ def test_what_is_known_of_an_official_set_is_known_before_its_files_are_there(na
     assert (data.name, data.shape, data.eps) == (name, (3, 32, 32), 8 / 255)
     assert (data.crop, data.flip) == (crop, flip)
     assert len(data.mean) == len(data.std) == 3
+
+
+# --- tiny-imagenet
+
+
+@pytest.fixture(scope="module")
+def tiny_imagenet(tmp_path_factory):
+    """A data folder with 200 classes of one training image each, and 6 validation images, the second of them grey."""
+    root = tmp_path_factory.mktemp("data") / "tiny-imagenet-200"
+    wnids = [f"n{(7919 * i) % 100_000:08}" for i in range(200)]
+    (root / "val" / "images").mkdir(parents=True)
+    (root / "wnids.txt").write_text("\n".join(wnids) + "\n")
+    for i, wnid in enumerate(wnids):
+        (root / "train" / wnid / "images").mkdir(parents=True)
+        Image.fromarray(noise(64, 64, 3, seed=i)).save(
+            root / "train" / wnid / "images" / f"{wnid}_0.JPEG", "JPEG"
+        )
+    for i in range(6):
+        image = Image.fromarray(noise(64, 64, 3, seed=1000 + i))
+        (image.convert("L") if i == 1 else image).save(root / "val" / "images" / f"val_{i}.JPEG", "JPEG")
+    lines = [f"val_{i}.JPEG\t{wnids[(3 * i) % 200]}\t0\t0\t62\t62\n" for i in (4, 0, 1, 2, 3, 5)]
+    (root / "val" / "val_annotations.txt").write_text("".join(lines))
+    return root.parent, wnids
+
+
+def spoilt(data: Path, folder: Path) -> Path:
+    """A copy of the data to spoil, file by file: its files are links."""
+    shutil.copytree(data, folder, copy_function=os.link, dirs_exist_ok=True)
+    return folder / "tiny-imagenet-200"
+
+
+def decoded(path: Path) -> np.ndarray:
+    return np.asarray(Image.open(path).convert("RGB"))
+
+
+def test_tiny_imagenet_comes_in_the_order_of_its_annotations_numbered_as_imagefolder_numbers(tiny_imagenet):
+    root, wnids = tiny_imagenet
+    data = load("tiny-imagenet", root)
+    assert data.shape == (3, 64, 64) and len(data.classes) == 200 and data.classes == tuple(sorted(wnids))
+    images = root / "tiny-imagenet-200" / "val" / "images"
+    for i, n in enumerate((4, 0, 1, 2, 3, 5)):
+        assert np.array_equal(data.test.images[i], decoded(images / f"val_{n}.JPEG"))
+        assert data.classes[data.test.labels[i]] == wnids[3 * n]
+
+
+def test_every_training_image_of_tiny_imagenet_has_its_folders_class(tiny_imagenet):
+    root, _ = tiny_imagenet
+    data = load("tiny-imagenet", root)
+    assert sorted(data.train.labels) == list(range(200))
+    for i in (0, 77, 199):
+        wnid = data.classes[data.train.labels[i]]
+        file = root / "tiny-imagenet-200" / "train" / wnid / "images" / f"{wnid}_0.JPEG"
+        assert np.array_equal(data.train.images[i], decoded(file))
+
+
+def test_grey_photographs_of_tiny_imagenet_have_three_equal_channels(tiny_imagenet):
+    grey = load("tiny-imagenet", tiny_imagenet[0]).test.images[2]
+    assert (grey == grey[:, :, :1]).all()
+
+
+def test_validation_images_of_tiny_imagenet_need_no_training_images(tiny_imagenet, tmp_path):
+    root = spoilt(tiny_imagenet[0], tmp_path)
+    shutil.rmtree(root / "train")
+    data = load("tiny-imagenet", tmp_path)
+    assert len(data.test) == 6
+    with pytest.raises(DataError, match=r"cannot read .*images \(No such file.*--data-dir"):
+        _ = data.train
+
+
+def rewritten(path: Path, text: str) -> None:
+    path.unlink()
+    path.write_text(text)
+
+
+@pytest.mark.parametrize(
+    ("spoil", "says"),
+    [
+        (lambda r: (r / "wnids.txt").unlink(), r"cannot read .*wnids.txt \(No such file"),
+        (lambda r: rewritten(r / "wnids.txt", "n1\n" * 200), "names 1 in 200 lines"),
+        (lambda r: rewritten(r / "wnids.txt", "n1\nn2\n"), "must name 200 classes, .* names 2 in 2 lines"),
+        (lambda r: (r / "val" / "val_annotations.txt").unlink(), r"cannot read .*val_annotations.txt"),
+        (
+            lambda r: rewritten(r / "val" / "val_annotations.txt", "a.JPEG\tn0\t0\n"),
+            "line 1: .*a class of wnids",
+        ),
+        (
+            lambda r: rewritten(r / "val" / "val_annotations.txt", "../a n0"),
+            "line 1: '../a n0' is not a file",
+        ),
+        (lambda r: rewritten(r / "val" / "val_annotations.txt", ""), "the test split has no images"),
+        (lambda r: (r / "val" / "images" / "val_3.JPEG").unlink(), "val_3.JPEG is no image that can be read"),
+        (lambda r: rewritten(r / "val" / "images" / "val_3.JPEG", "x"), "val_3.JPEG is no image"),
+    ],
+)
+def test_a_tiny_imagenet_with_a_fault_is_refused_with_the_file_named(spoil, says, tiny_imagenet, tmp_path):
+    spoil(spoilt(tiny_imagenet[0], tmp_path))
+    with pytest.raises(DataError, match=says) as raised:
+        _ = load("tiny-imagenet", tmp_path).test
+    assert "\n" not in str(raised.value)
+
+
+def test_an_image_of_another_size_is_refused_by_tiny_imagenet(tiny_imagenet, tmp_path):
+    file = spoilt(tiny_imagenet[0], tmp_path) / "val" / "images" / "val_0.JPEG"
+    file.unlink()
+    Image.fromarray(noise(64, 65, 3)).save(file, "JPEG")
+    with pytest.raises(DataError, match="val_0.JPEG is 65×64"):
+        _ = load("tiny-imagenet", tmp_path).test
+
+
+def test_a_class_without_training_images_is_refused_by_tiny_imagenet(tiny_imagenet, tmp_path):
+    folder = spoilt(tiny_imagenet[0], tmp_path) / "train" / tiny_imagenet[1][5] / "images"
+    next(folder.iterdir()).unlink()
+    with pytest.raises(DataError, match=f"{tiny_imagenet[1][5]}.images has no images"):
+        _ = load("tiny-imagenet", tmp_path).train
 
 
 # --- npz

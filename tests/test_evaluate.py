@@ -267,7 +267,7 @@ def test_an_illegal_perturbation_voids_the_run(monkeypatch, factor, legal):
             x_adv[2] += factor * threat.eps
             yield threat, x_adv
 
-    monkeypatch.setattr("bench.evaluate.sweep", cheat)
+    monkeypatch.setattr("bench.trial.sweep", cheat)
     asked = columns({"attack": "fgsm"}, eps=0.1)
     if legal:
         evaluate(Hyperplane(), dataset(), asked)
@@ -282,7 +282,7 @@ def test_an_attack_that_crashes_voids_the_run_and_is_our_bug(monkeypatch):
     def crash(*args, **options):
         raise IndexError("off by one")
 
-    monkeypatch.setattr("bench.evaluate.trajectory", crash)
+    monkeypatch.setattr("bench.trial.trajectory", crash)
     with pytest.raises(
         AttackCrash, match="the attack raised IndexError: off by one .*column pgd-3"
     ) as caught:
@@ -292,9 +292,7 @@ def test_an_attack_that_crashes_voids_the_run_and_is_our_bug(monkeypatch):
 
 def test_what_an_attack_believes_is_not_asked(monkeypatch):
     """An attack that returns the clean images breaks nothing, whatever its gradients saw."""
-    monkeypatch.setattr(
-        "bench.evaluate.sweep", lambda m, x, y, threats, **o: ((t, x.clone()) for t in threats)
-    )
+    monkeypatch.setattr("bench.trial.sweep", lambda m, x, y, threats, **o: ((t, x.clone()) for t in threats))
     robust, _ = evaluate(Hyperplane(), dataset(), columns({"attack": "fgsm"}, eps=0.5))
     assert robust["fgsm"].all()
 
@@ -313,7 +311,8 @@ def test_a_random_model_is_recognised_and_said_to_be():
 
     data = dataset()
     evaluator = Evaluator(Noisy(), classes=10, split=data.test, seed=0, success="last")
-    assert evaluator.random and "random" in evaluator.findings[0]
+    assert evaluator.random and evaluator.facts.randomness != "deterministic"
+    assert "random-forward" in [finding.code for finding in evaluator.contract.findings]
     assert not Evaluator(Hyperplane(), classes=10, split=data.test, seed=0, success="last").random
 
 

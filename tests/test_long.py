@@ -40,6 +40,33 @@ def test_an_accuracy_is_the_share_of_images_that_held(tmp_path):
     assert table.loc["fgsm", ["ci_low", "ci_high"]].tolist() == pytest.approx([100 * low, 100 * high])
 
 
+def test_of_a_random_model_an_image_counts_by_its_share_of_right_draws(tmp_path):
+    shares = {"clean": [1.0, 1.0], "fgsm": [0.9, 0.6], "pgd": [0.5, 0.8]}
+    chosen_by = {"clean": [1.0, 1.0], "fgsm": [0.7, 0.5], "pgd": [0.8, 0.6]}
+
+    def drawn(table):
+        for name in shares:
+            rows = table.column == name
+            table.loc[rows, "share"] = np.float32(shares[name])
+            table.loc[rows, "selected"] = np.float32(chosen_by[name])
+        return table
+
+    run(tmp_path, columns=FEW, n=2, damage=drawn)
+    accuracy = load_results(tmp_path).set_index("attack").accuracy
+    assert accuracy["fgsm"] == pytest.approx(75) and accuracy["pgd"] == pytest.approx(65)
+    # fgsm is the worst for both by the draws that chose; what it is worth the fresh ones say
+    assert accuracy["worst-case"] == pytest.approx(75)
+
+
+def test_a_void_run_has_no_accuracy(tmp_path):
+    from bench.finding import Finding
+
+    why = Finding(code="at-chance", severity="blocks", evidence="one class", advice="look")
+    run(tmp_path, columns=FEW, findings=[why])
+    table = load_results(tmp_path)
+    assert len(table) == 4 and table[["accuracy", "ci_low", "ci_high", "std"]].isna().all(axis=None)
+
+
 def test_what_the_attack_was_is_told_and_what_does_not_apply_is_missing(tmp_path):
     run(tmp_path, columns=FEW)
     table = load_results(tmp_path).set_index("attack")
@@ -82,7 +109,7 @@ def test_the_order_of_outcomes_on_disk_does_not_matter(tmp_path):
     run(tmp_path / "a", held, columns=FEW)
     run(tmp_path / "b", held, columns=FEW, shuffle=True)
     assert load_results(tmp_path / "a").equals(load_results(tmp_path / "b"))
-    a, b = (groups(read_all(tmp_path / name))[0].robust[0] for name in "ab")
+    a, b = (groups(read_all(tmp_path / name))[0].shares[0] for name in "ab")
     assert np.array_equal(a, b)
 
 
@@ -222,7 +249,7 @@ def test_outcomes_that_were_touched_are_refused(tmp_path):
 def test_outcomes_can_be_read_in_part(tmp_path):
     assert run(tmp_path).outcomes(["label", "robust"]).columns.tolist() == ["label", "robust"]
     assert run(tmp_path).outcomes().columns.tolist() == [
-        *("index", "label", "column", "prediction", "robust", "restart")
+        *("index", "label", "column", "prediction", "robust", "restart", "step", "share", "selected")
     ]
 
 

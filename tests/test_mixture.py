@@ -12,7 +12,6 @@ from bench.attacks import mixture as mixtures
 from bench.data import Split
 from bench.evaluate import Evaluator
 from bench.moe import as_mixture
-from bench.pipeline import sandwich
 from bench.plan import plan
 from bench.protocol import BOUND, HARD, SOFT, Protocol
 
@@ -158,31 +157,6 @@ def test_outcomes_do_not_depend_on_the_batch():
     for column in columns:
         assert torch.equal(parts[0].outcomes[column.name].robust, whole[column.name][[3]])
         assert torch.equal(parts[1].outcomes[column.name].robust, whole[column.name][[0, 7, 5]])
-
-
-def test_an_attack_on_experts_that_finds_too_little_is_reported(monkeypatch, tmp_path):
-    from bench.parts import Parts
-
-    model = Blend(False).eval()
-    _, columns, evaluator = scene(model, points(24), 0.05)
-
-    def outcomes(folder):
-        parts = Parts(folder)
-        parts.add(evaluator.run(plan(columns), np.arange(24)))
-        return parts.outcomes([c.name for c in columns])
-
-    assert sandwich(outcomes(tmp_path / "honest"), columns, model) == []
-    real = mixtures.runs
-    monkeypatch.setattr(mixtures, "runs", lambda name, m: [] if name == "per-expert" else real(name, m))
-    (finding,) = sandwich(outcomes(tmp_path / "lazy"), columns, model)
-    assert finding.startswith("under-optimised: ")
-
-
-def test_hard_routing_without_adaptive_attacks_is_said():
-    columns = Protocol.model_validate({"name": "t", "column": [{"attack": "fgsm"}]}).columns(0.1)
-    (finding,) = sandwich(b"", columns, Blend(False))
-    assert "gradients do not see the gate" in finding
-    assert sandwich(b"", columns, Blend(True)) == [] and sandwich(b"", columns, None) == []
 
 
 def test_on_the_route_toy_pgd_reports_all_and_the_route_attack_none():

@@ -9,7 +9,7 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 
-from bench.evaluate import Batch, Outcome
+from bench.outcome import Batch, Outcome
 from bench.judge import Cost
 from bench.parts import Parts
 
@@ -24,7 +24,8 @@ def batch(index, columns=COLUMNS):
         image = torch.from_numpy(index)
         place = COLUMNS.index(column)
         robust = (image + place) % 3 != 0
-        return Outcome((image + ~robust) % 10, robust, torch.where(robust, -1, place))
+        start = torch.where(robust, -1, place)
+        return Outcome((image + ~robust) % 10, robust, start, 2 * start)
 
     costs = {
         name: Cost(gradients=len(index), forwards=2 * len(index), seconds=0.5) for name in ("clean", "pgd")
@@ -48,7 +49,9 @@ WHOLE = range(12)
 
 def test_outcomes_hold_a_row_for_every_image_and_column_in_order(tmp_path):
     table = rows(written(tmp_path, [3, 4], [0, 1, 2]))
-    assert list(table.columns) == ["index", "label", "column", "prediction", "robust", "restart"]
+    assert list(table.columns) == [
+        *("index", "label", "column", "prediction", "robust", "restart", "step", "share", "selected")
+    ]
     assert table["index"].tolist() == [i for i in range(5) for _ in COLUMNS]
     assert table["column"].tolist() == COLUMNS * 5
     assert (table["label"] == table["index"] % 10).all()
@@ -151,7 +154,7 @@ def test_a_folder_that_another_process_removed_is_made_anew(tmp_path):
 
 def test_labels_and_predictions_may_be_larger_than_a_short_integer(tmp_path):
     parts, big = Parts(tmp_path), 40_000
-    outcome = Outcome(torch.tensor([big]), torch.tensor([True]), torch.tensor([-1]))
+    outcome = Outcome(torch.tensor([big]), torch.tensor([True]), torch.tensor([-1]), torch.tensor([-1]))
     parts.add(Batch(np.array([0]), np.array([big]), {"clean": outcome}, {}))
     table = pd.read_parquet(io.BytesIO(parts.outcomes(["clean"])))
     assert table["label"].tolist() == table["prediction"].tolist() == [big]

@@ -120,7 +120,7 @@ def test_chance_is_one_of_the_classes_that_occur(tmp_path):
 
 def test_runs_of_other_protocols_are_not_drawn(tmp_path):
     run(tmp_path, columns=[ColumnRecord(name="clean", attack="clean")], protocol="standard")
-    with pytest.raises(UsageError, match="no finished dwf-paper runs in"):
+    with pytest.raises(UsageError, match="no finished dwf-paper or sweep runs in"):
         figures(tmp_path, tmp_path)
 
 
@@ -135,3 +135,25 @@ def test_only_the_datasets_asked_for_are_drawn(tmp_path):
 def test_a_run_without_pgd_columns_has_no_pgd_figure(tmp_path):
     run(tmp_path, HELD, columns=paper_columns()[:10])
     assert {path.stem for path in figures(tmp_path, tmp_path)} == {"digits-fgsm"}
+
+
+def test_a_sweep_counts_an_image_as_fallen_from_where_it_first_fell(tmp_path):
+    columns = [ColumnRecord(name="clean", attack="clean")] + [
+        ColumnRecord(name=f"{kind}-{eps}", attack=kind, norm="Linf", epsilon=eps, steps=steps, eot=1)
+        for eps in (0.1, 0.2)
+        for kind, steps in (("fgsm", None), ("pgd", 50))
+    ]
+    held = {
+        "fgsm-0.1": [1, 0, 1, 1],
+        "pgd-0.1": [1, 1, 0, 1],
+        "fgsm-0.2": [1, 1, 1, 0],
+        "pgd-0.2": [1, 1, 1, 1],
+    }
+    run(tmp_path, held, n=4, columns=columns, protocol="sweep")
+    made = {path.name: path for path in figures(tmp_path, tmp_path)}
+    assert sorted(made) == ["digits-sweep.csv", "digits-sweep.pdf", "digits-sweep.png"]
+    rows = [line.split(",") for line in made["digits-sweep.csv"].read_text().splitlines()]
+    found = [dict(zip(rows[0], row, strict=True)) for row in rows[1:]]
+    assert [row["eps"] for row in found] == ["0.0", "0.1", "0.2"]
+    assert [float(row["accuracy"]) for row in found] == [100, 50, 25]
+    assert [float(row["alone"]) for row in found] == [100, 50, 75]

@@ -1,8 +1,9 @@
+import pydantic
 import pytest
 
 from bench import protocol as protocols
 from bench.errors import ProtocolError, UnknownName
-from bench.protocol import Protocol, with_attacks
+from bench.protocol import ColumnSpec, Protocol, with_attacks
 
 
 def write(tmp_path, text):
@@ -126,4 +127,36 @@ def test_an_attack_that_needs_more_than_its_name_is_refused():
 def test_only_the_standard_ensemble_is_called_autoattack():
     spec = {"attack": "autoattack", "settings": {"attacks": ["apgd-ce", "apgd-t"]}}
     protocol = Protocol.model_validate({"name": "mine", "column": [spec, {"attack": "autoattack"}]})
-    assert [c.attack for c in protocol.columns(0.1)] == ["clean", "aa:apgd-ce+apgd-t", "autoattack"]
+    whole = [c.attack for c in protocol.columns(0.1) if c.part_of is None]
+    assert whole == ["clean", "aa-like:apgd-ce+apgd-t", "autoattack"]
+    names = [c.name for c in protocol.columns(0.1)]
+    assert len(set(names)) == len(names)
+
+
+@pytest.mark.parametrize(
+    "settings", [{"steps": 10}, {"queries": 100}, {"version": "rand"}, {"version": "plus"}]
+)
+def test_a_reduced_or_other_ensemble_is_not_called_autoattack(settings):
+    spec = {"attack": "autoattack", "settings": settings}
+    columns = Protocol.model_validate({"name": "mine", "column": [spec]}).columns(0.1)
+    assert columns[-1].attack.startswith("aa-like:")
+
+
+def test_on_a_random_model_autoattack_is_its_rand_version_and_gradients_are_means():
+    columns = protocols.load("standard").columns(0.1, random=True)
+    assert columns[-1].attack == "aa-like:rand" and columns[-1].settings["eot"] == 20
+    assert {c.eot for c in columns if c.family == "pgd"} == {20}
+
+
+@pytest.mark.parametrize(
+    "classes, parts", [(2, ["apgd-ce", "fab", "square"]), (3, ["apgd-ce", "apgd-dlr", "fab", "square"])]
+)
+def test_with_few_classes_the_targeted_attacks_are_replaced(classes, parts):
+    columns = protocols.load("standard").columns(0.1, classes=classes)
+    assert [c.attack for c in columns if c.part_of] == parts
+    assert columns[-1].attack.startswith("aa-like:")
+
+
+def test_8_bit_stands_last_however_it_is_asked_and_has_no_radius_of_its_own():
+    with pytest.raises(pydantic.ValidationError, match="leave eps out"):
+        ColumnSpec(attack="8-bit", eps=0.1)

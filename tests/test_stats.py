@@ -1,12 +1,13 @@
 """Intervals and tests agree with an independent computation, or with one done by hand."""
 
+from itertools import pairwise
 from math import comb, isnan, sqrt
 
 import numpy as np
 import pytest
 
 from bench.errors import UsageError
-from bench.stats import holm, mcnemar, mean_std, wilson
+from bench.stats import MOST_IMAGES, holm, images_needed, mcnemar, mean_std, wilson
 
 
 @pytest.mark.parametrize("n", [1, 7, 100, 10_000])
@@ -31,8 +32,16 @@ def test_wilson_of_a_mean_over_seeds_lies_between_its_neighbours():
 
 
 def test_wilson_touches_the_border_exactly():
-    assert wilson(0, 33)[0] == 0
-    assert wilson(33, 33)[1] == 1
+    n = np.arange(1, 3000)
+    assert (wilson(0 * n, n)[0] == 0).all()
+    assert (wilson(n, n)[1] == 1).all()
+
+
+def test_wilson_of_a_half_is_the_one_by_hand():
+    # centre 1/2; z² = 3.8415, reach z·sqrt(n/4 + z²/4) / (n + z²) at n = 10
+    low, high = wilson(5, 10)
+    reach = sqrt(3.841458820694124) * sqrt(2.5 + 3.841458820694124 / 4) / 13.841458820694124
+    assert (low, high) == pytest.approx((0.5 - reach, 0.5 + reach), abs=1e-12)
 
 
 @pytest.mark.parametrize(
@@ -66,6 +75,14 @@ def test_mcnemar_is_a_sign_test_on_the_images_that_differ(b, c):
     assert mcnemar(first, second) == pytest.approx(min(1.0, 2 * tail), rel=1e-12)
 
 
+@pytest.mark.parametrize(("b", "c"), [(0, 7), (3, 11), (8, 8), (41, 17)])
+def test_mcnemar_is_the_binomial_test_of_scipy(b, c):
+    from scipy.stats import binomtest
+
+    first, second = [True] * b + [False] * c, [False] * b + [True] * c
+    assert mcnemar(first, second) == pytest.approx(binomtest(b, b + c, 0.5).pvalue, rel=1e-12)
+
+
 def test_mcnemar_of_a_defense_with_itself_says_nothing():
     assert mcnemar([True, False, True], [True, False, True]) == 1.0
 
@@ -89,3 +106,72 @@ def test_holm_stays_a_probability_and_leaves_a_single_one():
 def test_holm_refuses_what_is_no_probability():
     with pytest.raises(UsageError, match="between 0 and 1"):
         holm([0.5, 1.5])
+
+
+def binomial(d, share):
+    return [comb(d, i) * share**i * (1 - share) ** (d - i) for i in range(d + 1)]
+
+
+def power_by_enumeration(n, p10, p01, alpha):
+    """Every number of discordant images and every split of them, with the p-value from its definition."""
+    total = 0.0
+    for d, weight in enumerate(binomial(n, p10 + p01)):
+        fair = binomial(d, 0.5)
+        for b, chance in enumerate(binomial(d, p10 / (p10 + p01))):
+            p = 2 * sum(fair[: min(b, d - b) + 1])
+            total += weight * chance * (p <= alpha * (1 + 1e-12))
+    return total
+
+
+@pytest.mark.parametrize(
+    ("p10", "p01", "alpha", "power"),
+    [
+        (0.6, 0.05, 0.05, 0.8),
+        (0.5, 0.1, 0.05, 0.8),
+        (0.1, 0.5, 0.05, 0.8),
+        # all images are discordant: the saw-tooth is at its sharpest
+        (0.75, 0.25, 0.05, 0.8),
+        (0.8, 0.2, 0.05, 0.55),
+        (0.9, 0.1, 0.01, 0.9),
+        (0.3, 0.0, 0.05, 0.8),
+        # the p-value of five on one side is 2 / 2⁵ = 0.0625 exactly
+        (0.5, 0.0, 0.0625, 0.8),
+    ],
+)
+def test_the_images_needed_are_the_first_number_that_has_the_power(p10, p01, alpha, power):
+    has = (n for n in range(1, 80) if power_by_enumeration(n, p10, p01, alpha) >= power)
+    assert images_needed(p10, p01, alpha=alpha, power=power) == next(has)
+
+
+def test_more_images_can_have_less_power():
+    """Else the test above would not see a search that takes the power for monotone."""
+    powers = [power_by_enumeration(n, 0.75, 0.25, 0.05) for n in range(1, 40)]
+    assert any(after < before - 0.01 for before, after in pairwise(powers))
+
+
+def test_images_that_all_speak_for_one_defense_are_needed_six_times():
+    # 2 / 2⁵ > 0.05 > 2 / 2⁶
+    assert images_needed(1, 0) == images_needed(0, 1) == 6
+
+
+def test_the_images_needed_come_to_what_the_normal_distribution_says():
+    # (1.960 sqrt(p) + 0.842 sqrt(p - d²))² / d² with p = 0.5, d = 0.02; the exact test takes a little more
+    assert images_needed(0.26, 0.24) == pytest.approx(9810, rel=0.02)
+    assert images_needed(0.26, 0.24) > 9810
+
+
+@pytest.mark.parametrize(
+    ("arguments", "settings", "message"),
+    [
+        ((0.1, 0.1), {}, "no number of images tells equals apart"),
+        ((-0.1, 0.1), {}, "at least 0, at most 1 together"),
+        ((0.8, 0.3), {}, "at least 0, at most 1 together"),
+        ((float("nan"), 0.3), {}, "at least 0, at most 1 together"),
+        ((0.2, 0.1), {"alpha": 5}, "alpha 5 is not between 0 and 1"),
+        ((0.2, 0.1), {"power": 1}, "power 1 is not between 0 and 1"),
+        ((1e-6, 0), {}, f"more than {MOST_IMAGES:,} images"),
+    ],
+)
+def test_images_needed_refuses_what_has_no_answer(arguments, settings, message):
+    with pytest.raises(UsageError, match=message):
+        images_needed(*arguments, **settings)

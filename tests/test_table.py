@@ -7,9 +7,9 @@ import shutil
 import subprocess
 
 import pytest
-from made_up import EPS, paper_columns, run
+from made_up import EPS, found, paper_columns, run
 
-from bench.errors import UsageError
+from bench.errors import UnknownName, UsageError
 from bench.long import HEADER, groups
 from bench.published import Printed, doubts, published_dir, rows
 from bench.record import ColumnRecord, read_all
@@ -260,23 +260,29 @@ def test_defenses_that_were_asked_otherwise_are_not_compared(tmp_path):
 
 def test_footnotes_of_all_mark_the_caption_and_those_of_one_its_row(tmp_path):
     run(tmp_path, defense="a", footnotes=["for all"])
-    run(tmp_path, defense="b", footnotes=["for all", "for b"], findings=["gradients\n vanish"])
+    run(tmp_path, defense="b", footnotes=["for all", "for b"], findings=[found("gradients\n vanish")])
     lines = render(tmp_path).splitlines()
     assert lines[0].endswith("[a].")
-    assert any(line.startswith("b [b] [c] ") for line in lines)
+    assert any(line.startswith("b (suspect) [b] [c] ") for line in lines)
     assert any(re.match(r"a +100", line) for line in lines)
-    assert lines[-3:] == ["[a] for all", "[b] for b", "[c] gradients vanish"]
+    assert lines[-3:] == ["[a] for all", "[b] for b", "[c] zero-gradient: gradients vanish"]
 
 
 def test_a_finding_of_some_seeds_names_them(tmp_path):
     for seed in (0, 1, 2):
-        run(tmp_path, seed=seed, findings=["all"] + ["odd"] * (seed == 1))
-    assert render(tmp_path).splitlines()[-2:] == ["[a] all", "[b] odd (seed 1)"]
+        odd = found("odd", code="not-logits")
+        own = found(f"{seed} images", code="stateful") if seed else found("none", "informs", code="stateful")
+        run(tmp_path, seed=seed, findings=[found("all"), *[odd] * (seed == 1), own])
+    assert render(tmp_path).splitlines()[-3:] == [
+        "[a] zero-gradient: all",
+        "[b] stateful: 1 images (seed 1; also seed 0, 2)",
+        "[c] not-logits: odd (seed 1)",
+    ]
 
 
 def test_more_notes_than_letters_go_on_with_two(tmp_path):
-    run(tmp_path, findings=[f"finding {i}" for i in range(28)])
-    assert render(tmp_path).splitlines()[-3:] == ["[z] finding 25", "[aa] finding 26", "[ab] finding 27"]
+    run(tmp_path, findings=[found("it", code=f"code-{i}") for i in range(28)])
+    assert render(tmp_path).splitlines()[-3:] == ["[z] code-25: it", "[aa] code-26: it", "[ab] code-27: it"]
 
 
 def test_reduced_precision_is_said(tmp_path):
@@ -321,7 +327,8 @@ def latex_rows(text):
 def awkward(two):
     """Every character that LaTeX reads as its own, in what users may name."""
     name = r"50%_#1&{x}$~^\ [y] <é> 8×8 ≤ ε"
-    run(two, dataset="cifar10", defense=name, findings=[f"∞ {name} “q” … 雪"], footnotes=["95 % & more"])
+    doubt = found(f"∞ {name} “q” … 雪")
+    run(two, dataset="cifar10", defense=name, findings=[doubt], footnotes=["95 % & more"])
     run(two, dataset=r"npz:/a_b/c%d", defense="dwf", columns=STANDARD, protocol="mine")
     return two
 
@@ -446,3 +453,128 @@ def test_a_mixture_that_is_asked_more_stands_beside_a_plain_network(tmp_path):
     place = next(i for i, name in enumerate(header) if "per-route" in name)
     assert (a[place], b[place]) == ("", "30.00")
     assert (a[-1], b[-1]) == ("100.00", "30.00")
+
+
+def test_a_suspect_row_is_marked_in_every_format_and_wins_nothing(tmp_path):
+    for defense, held in (("a", 190), ("b", 150), ("c", 100)):
+        doubt = [found("too flat")] * (defense == "a")
+        run(tmp_path, {"clean": held}, defense=defense, columns=STANDARD[:1], protocol="p", findings=doubt)
+    text = render(tmp_path)
+    assert re.search(r"^a \(suspect\) \[a\] +95\.00 +95\.00$", text, re.MULTILINE)
+    assert re.search(r"^b +75\.00\* +75\.00\*$", text, re.MULTILINE)
+    assert "[a] zero-gradient: too flat" in text
+    assert "*: the best measured value of a column in a credible row" in " ".join(text.split())
+    assert "| a (suspect) [a] | 95.00 | 95.00 |" in render(tmp_path, format="markdown")
+    assert r"a (suspect)\textsuperscript{a} & 95.00 & 95.00" in render(tmp_path, format="latex")
+    assert [row["source"] for row in table(tmp_path)] == ["measured, suspect", "measured", "measured"]
+
+
+def test_a_void_row_has_no_numbers_anywhere(tmp_path):
+    run(
+        tmp_path, {"clean": 190}, defense="a", columns=STANDARD, protocol="p", findings=[found("x", "blocks")]
+    )
+    run(tmp_path, {"clean": 100}, defense="b", columns=STANDARD, protocol="p")
+    text = render(tmp_path, compare_to="b")
+    assert re.search(r"^a \(void\) \[a\] +void +void +void +void$", text, re.MULTILINE)
+    assert "not tested: a (void)" in " ".join(text.split())
+    # that of 100 of 200
+    assert "intervals reach at most 6.86 points" in " ".join(text.split())
+    assert [row["SA"] for row in table(tmp_path)] == ["void", "50.00"]
+    assert "| void | void | void | void |" in render(tmp_path, format="markdown")
+    assert "& void & void & void & void" in render(tmp_path, format="latex")
+    long = list(csv.DictReader(io.StringIO(render(tmp_path, format="csv", layout="long"))))
+    assert {(row["accuracy"], row["ci_low"]) for row in long if row["defense"] == "a"} == {("", "")}
+    alone = [group for group in groups(read_all(tmp_path)) if group.label == "a"]
+    assert "Wilson" not in render_groups(alone)
+
+
+def test_a_finding_that_only_informs_doubts_nothing_and_is_shortened(tmp_path):
+    run(tmp_path, findings=[found("word " * 40, "informs")])
+    last = render(tmp_path).splitlines()[-1]
+    assert "(suspect)" not in render(tmp_path)
+    assert last.startswith("[a] zero-gradient: word word") and last.endswith(" …")
+    assert len(last) <= 104
+
+
+def lead(tmp_path, held):
+    for defense, clean in zip("abc", held, strict=False):
+        run(tmp_path, {"clean": clean}, defense=defense, columns=STANDARD[:2], protocol="p")
+    return " ".join(render(tmp_path).split())
+
+
+@pytest.mark.parametrize(("held", "few"), [((100, 114), False), ((100, 113), True), ((120, 120), False)])
+def test_a_lead_within_the_interval_is_noted(tmp_path, held, few):
+    # Wilson reaches 6.93 points from 113 and from 114 of 200; the leads are 6.5 and 7
+    text = lead(tmp_path, held)
+    assert ("[a] few-images: n = 200; the best row leads the next by less than" in text) == few
+    assert ("interval reaches in SA, worst case" in text) == few
+
+
+def test_differences_from_one_row_are_marked_after_holm(tmp_path):
+    columns = STANDARD[:2]
+    run(tmp_path, {"clean": 100, "pgd-100x5": 50}, defense="a", columns=columns, protocol="p")
+    # 6 and 9 images ahead: 2 / 2^6 = 0.031 and 2 / 2^9 = 0.0039; with the worst case, which is the 9 again,
+    # Holm multiplies by 3, 2 and 1, and by 6, 5, 4, … with a third row that is the first
+    run(tmp_path, {"clean": 106, "pgd-100x5": 59}, defense="b", columns=columns, protocol="p")
+    found_ = markdown_rows(tmp_path, compare_to="a")
+    assert found_["a"] == ["50.00", "25.00", "25.00"]
+    assert found_["b"] == ["**53.00†**", "**29.50†**", "**29.50†**"]
+    run(tmp_path, {"clean": 100, "pgd-100x5": 50}, defense="c", columns=columns, protocol="p")
+    found_ = markdown_rows(tmp_path, compare_to="a")
+    assert found_["b"] == ["**53.00**", "**29.50†**", "**29.50†**"]
+    assert found_["c"] == ["50.00", "25.00", "25.00"]
+    caption = " ".join(render(tmp_path, compare_to="a").split())
+    assert "†: differs from a (exact McNemar test on the same images, Holm over all comparisons" in caption
+    assert r"\textbf{29.50$\dagger$}" in render(tmp_path, format="latex", compare_to="a")
+    assert table(tmp_path, compare_to="a")[1]["worst case"] == "29.50†"
+    assert "†" not in render(tmp_path)
+
+
+def test_daggers_and_stars_leave_the_digits_of_text_in_line(tmp_path):
+    run(tmp_path, {"clean": 100}, defense="a", columns=STANDARD[:1], protocol="p")
+    run(tmp_path, {"clean": 150}, defense="b", columns=STANDARD[:1], protocol="p")
+    rows = [line for line in render(tmp_path, compare_to="a").splitlines() if re.match("[ab] ", line)]
+    assert [row.split() for row in rows] == [["a", "50.00", "50.00"], ["b", "75.00†*", "75.00†*"]]
+    assert rows[0].index("50.00") == rows[1].index("75.00")
+    assert rows[0].rindex("50.00") == rows[1].rindex("75.00")
+
+
+def test_several_seeds_and_blocks_without_the_row_are_said_to_be_untested(tmp_path):
+    run(tmp_path, defense="a")
+    for seed in (0, 1):
+        run(tmp_path, defense="b", seed=seed)
+    run(tmp_path, defense="b", protocol="other")
+    text = " ".join(render(tmp_path, compare_to="a").split())
+    assert "not tested: b (several seeds)" in text
+    assert "†: nothing is marked, for a has no row here" in text
+
+
+def test_comparing_needs_one_row_and_the_papers_layout(tmp_path):
+    run(tmp_path, defense="pgd_at", recipe="fast")
+    with pytest.raises(UnknownName, match="no defense named 'pgd'; did you mean 'pgd_at'"):
+        render(tmp_path, compare_to="pgd")
+    with pytest.raises(UsageError, match="the long layout has no place for a comparison"):
+        render(tmp_path, compare_to="pgd_at", layout="long")
+    run(tmp_path, defense="pgd_at", recipe="tiny")
+    assert "†" in render(tmp_path, compare_to="pgd_at [tiny]")
+    with pytest.raises(UsageError, match=r"several rows of 'pgd_at': pgd_at \[fast\], pgd_at \[tiny\]"):
+        render(tmp_path, compare_to="pgd_at")
+
+
+def test_components_are_for_the_long_layout_and_survivors_are_headed_by_a_plus(tmp_path):
+    columns = [
+        *STANDARD,
+        ColumnRecord(name="apgd-ce", attack="apgd-ce", epsilon=EPS, part_of="autoattack"),
+        ColumnRecord(name="square", attack="square", epsilon=EPS, survivors=True),
+        ColumnRecord(name="pgd-7", attack="pgd", epsilon=EPS, steps=7, survivors=True),
+    ]
+    run(tmp_path, columns=columns, protocol="standard")
+    headings = list(table(tmp_path)[0])[4:]
+    assert headings == ["SA", "pgd 100×5", "autoattack", "+ square", "+ pgd 7", "worst case"]
+    assert " ".join(render(tmp_path).split()).count("+: attacks only what the columns to its left") == 1
+    attacks = [
+        row["attack"] for row in csv.DictReader(io.StringIO(render(tmp_path, format="csv", layout="long")))
+    ]
+    assert "apgd-ce" in attacks
+    run(tmp_path, columns=STANDARD, protocol="other")
+    assert "+:" not in render(tmp_path).split("protocol standard")[0]

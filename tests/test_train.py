@@ -15,9 +15,10 @@ from torch.nn import functional as F
 
 from bench.data import Dataset, Split
 from bench.defense import Defense, Stage, follow
-from bench.errors import CheckpointError, Interrupted, VoidRun
+from bench.errors import CheckpointError, Interrupted, UsageError, VoidRun
+from bench.held_out import HeldOut, hold_out
 from bench.rng import Rng
-from bench.train import augment, estimate, hold_out, initial, rate, score, train
+from bench.train import augment, estimate, initial, rate, score, train
 
 
 class Net(nn.Module):
@@ -135,6 +136,10 @@ def assert_equal(one, two):
     for key in states[0]:
         assert torch.equal(states[0][key], states[1][key]), key
     assert one.history == two.history
+    assert one.last.keys() == two.last.keys()
+    assert all(torch.equal(value, two.last[key]) for key, value in one.last.items())
+    for cost in ("epoch", "epochs", "passes", "forwards", "checks", "multiply_adds"):
+        assert getattr(one, cost) == getattr(two, cost), cost
 
 
 @pytest.fixture(scope="module")
@@ -554,6 +559,16 @@ def test_a_state_of_another_version_is_refused(stopped):
         run(stopped.parent, stage())
 
 
+def test_a_state_of_before_costs_were_counted_is_refused(stopped):
+    import io
+
+    content = io.BytesIO()
+    torch.save({"stage": 0, "epoch": 1}, content)
+    stopped.write_bytes(hashlib.sha256(content.getvalue()).hexdigest().encode() + content.getvalue())
+    with pytest.raises(CheckpointError, match="written by another version; delete it"):
+        run(stopped.parent, stage())
+
+
 def test_a_state_that_cannot_be_read_is_refused(tmp_path):
     (tmp_path / "state.pt").mkdir()
     with pytest.raises(CheckpointError, match="cannot read"):
@@ -716,7 +731,7 @@ def test_with_an_average_it_is_the_average_that_is_scored_and_kept(tmp_path):
 def test_a_score_is_the_share_of_images_that_are_right_and_changes_no_mode(select, weight, share):
     data, model = telling(), nn.Sequential(Reader(), nn.Dropout(0.5))
     model[0].weight.data = torch.tensor(weight)
-    assert score(model.train(), data.train, data, select, "cpu") == share
+    assert score(model.train(), HeldOut(data.train), data, select) == share
     assert model.training and model[1].training
 
 
@@ -726,7 +741,121 @@ def test_a_score_counts_the_last_images_of_an_uneven_split_too():
     with torch.no_grad():
         x, y = data.train.batch(slice(None))
         expected = (model(x).argmax(1) == y).double().mean()
-    assert score(model, data.train, data, "clean", "cpu") == pytest.approx(float(expected))
+    assert score(model, HeldOut(data.train), data, "clean") == pytest.approx(float(expected))
+
+
+@pytest.mark.parametrize(
+    ("select", "epochs", "kept"), [("clean", [WIDE, BARELY, UPSIDE_DOWN], 2), ("last", [WIDE, BARELY], 2)]
+)
+def test_the_weights_of_the_last_epoch_are_kept_beside_the_selected_ones(select, epochs, kept, tmp_path):
+    def ran():
+        return run(tmp_path, told(BARELY), told(*epochs, select=select), data=telling(), net=Reader)
+
+    # trained, and then read from the state that it left
+    for result in (ran(), ran()):
+        assert tuple(result.last["weight"].tolist()) == epochs[-1]
+        assert tuple(result.model.weight.tolist()) == epochs[kept - 1]
+        assert (result.epoch, result.epochs) == (kept, len(epochs))
+
+
+def test_the_last_weights_are_the_average_where_there_is_one(tmp_path):
+    result = run(tmp_path, told(BARELY, UPSIDE_DOWN, select="clean", ema=0.5), data=telling(), net=Reader)
+    # two steps an epoch: 0, 1/2, 3/4, and down again: -1/8, -9/16
+    assert result.last["weight"].tolist() == pytest.approx([0, -9 / 16])
+    assert result.model.weight.tolist() == pytest.approx([0, 3 / 4])
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# what a stage observes and remembers
+
+
+def test_what_a_stage_observes_joins_its_rows_and_it_is_shown_those_of_its_own(tmp_path):
+    shown = []
+
+    def observe(model, held, rows):
+        shown.append([dict(row) for row in rows])
+        assert len(held.labels) == len(held.right(model)) == 8
+        return {"length": len(rows), "odd": len(rows) % 2 == 1}
+
+    first, second = told(BARELY), told(BARELY, WIDE, name="second", select="clean", observe=observe)
+    history = run(tmp_path, first, second, data=telling(), net=Reader).history
+    assert [set(row) for row in history] == [
+        {"stage", "epoch", "loss"},
+        *[{"stage", "epoch", "loss", "held_out", "length", "odd"}] * 2,
+    ]
+    assert [(row["length"], row["odd"]) for row in history[1:]] == [(1, True), (2, False)]
+    assert [[row["epoch"] for row in rows] for rows in shown] == [[1], [1, 2]]
+    assert shown[1][0] == history[1] and shown[1][1]["held_out"] == history[2]["held_out"]
+
+
+@pytest.mark.parametrize("value", [math.nan, "0.5", torch.tensor(0.5), None])
+def test_a_stage_that_observes_something_other_than_finite_numbers_is_refused(value, tmp_path):
+    with pytest.raises(UsageError, match="stage 'only' must observe finite numbers, not odd="):
+        run(tmp_path, stage(observe=lambda model, held, rows: {"odd": value}))
+
+
+def remembering():
+    """Two stages whose losses follow a number and a tensor that every step changes; the second goes on from the first's."""
+    memory = {"n": 0, "t": torch.ones(2)}
+
+    def loss(model, x, y, rng):
+        memory["n"] += 1
+        memory["t"] = memory["t"] * 1.1
+        return clean(model, x, y, rng) * memory["t"].mean() / (1 + memory["n"])
+
+    return [stage(loss, memory=memory), stage(loss, name="second", epochs=1, memory=memory)]
+
+
+def test_what_a_stage_remembers_survives_a_stop_at_any_step(tmp_path):
+    whole = run(tmp_path / "whole", *remembering())
+    for step in range(3 * BATCHES):
+        folder = tmp_path / str(step)
+        with pytest.raises(Interrupted):
+            run(folder, *tripped(remembering(), step, interrupt))
+        assert_equal(run(folder, *remembering()), whole)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# what a training costs
+
+
+def crafting(model, x, y, rng):
+    """Two gradients of half of the images, a look at the other half, and a step on all."""
+    some = x[: len(x) // 2].clone().requires_grad_()
+    for _ in range(2):
+        torch.autograd.grad(clean(model, some, y[: len(some)], rng), some)
+    with torch.no_grad():
+        model(x[len(some) :])
+    return clean(model, x, y, rng)
+
+
+def test_passes_and_forwards_are_per_image_learnt_from_and_held_out_images_apart(tmp_path):
+    result = run(tmp_path, stage(crafting, epochs=3, select="robust"))
+    # 6 of 60 images are held out, 3 epochs of PGD-10
+    assert (result.passes, result.forwards) == (3 * 2, 3 * 0.5)
+    assert result.checks == pytest.approx(3 * 10 * 6 / 54, abs=1e-3)
+    # 4 filters of 3×3 at 6×6 places, and 4×3 weights
+    assert result.multiply_adds == 4 * 9 * 36 + 12
+
+
+def test_images_that_fill_no_batch_cost_nothing(tmp_path):
+    assert run(tmp_path, stage(batch_size=40)).passes == pytest.approx(2 * 40 / 54, abs=1e-3)
+
+
+def test_a_part_of_the_network_costs_its_part(tmp_path):
+    def loss(model, x, y, rng):
+        with torch.no_grad():
+            h = F.relu(model.bn(model.conv(x))).mean((2, 3))
+        return F.cross_entropy(model.linear(h), y)
+
+    result = run(tmp_path, stage(loss, epochs=1))
+    assert result.passes == pytest.approx(12 / 1308, abs=1e-3)
+    assert result.forwards == pytest.approx(1296 / 1308, abs=1e-3)
+
+
+def test_a_network_without_layers_that_are_counted_says_nothing_of_its_cost(tmp_path):
+    result = run(tmp_path, told(BARELY), data=telling(), net=Reader)
+    assert (result.passes, result.forwards, result.checks, result.multiply_adds) == (None,) * 4
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -1,4 +1,4 @@
-"""Datasets by name: `digits`, `cifar10`, `cifar100`, `svhn`, `npz:DIR`, `folder:DIR`.
+"""Datasets by name: `digits`, `cifar10`, `cifar100`, `svhn`, `tiny-imagenet`, `npz:DIR`, `folder:DIR`.
 
 A dataset is images as they were stored (uint8) with what a model and a protocol must know about them. Pixels
 become float32 in [0,1] a batch at a time, so that a test set costs its own size in memory and no more.
@@ -128,6 +128,7 @@ def names() -> dict[str, str]:
         "cifar10": "small photographs, 32×32 colour, 10 classes: 50,000 train, 10,000 test",
         "cifar100": "small photographs, 32×32 colour, 100 classes: 50,000 train, 10,000 test",
         "svhn": "house numbers, 32×32 colour, 10 classes: 73,257 train, 26,032 test",
+        "tiny-imagenet": "photographs, 64×64 colour, 200 classes: 100,000 train, 10,000 test; DATA/tiny-imagenet-200/ as unpacked",
         "npz:DIR": "DIR/test.npz and perhaps DIR/train.npz, each with images (uint8) and labels",
         "folder:DIR": "DIR/test/CLASS/*.png and perhaps DIR/train/CLASS/*.png",
     }
@@ -138,15 +139,15 @@ def load(name: str, data_dir: Path | None = None) -> Dataset:
 
     Args:
         name: one of `names()`, with a folder of the user's in place of DIR.
-        data_dir: where the files of cifar10, cifar100 and svhn are, or go when they are downloaded; by
-            default the environment variable BENCH_DATA, else `./data`.
+        data_dir: where the files of cifar10, cifar100, svhn and tiny-imagenet are, or those of the first three go when
+            they are downloaded; by default the environment variable BENCH_DATA, else `./data`.
 
     Raises:
         UnknownName: there is no such dataset.
         DataError: its files are missing, damaged or of the wrong form; what is read only when a split is
             first asked for raises it then.
     """
-    from bench.data import digits, folder, npz, official
+    from bench.data import digits, folder, npz, official, tiny_imagenet
 
     kind, colon, path = name.partition(":")
     if colon and kind == "npz":
@@ -155,6 +156,9 @@ def load(name: str, data_dir: Path | None = None) -> Dataset:
         return folder.load(path)
     if name == "digits":
         return digits.load()
+    data_dir = data_dir or Path(os.environ.get("BENCH_DATA") or "data")
     if name in official.NAMES:
-        return official.load(name, data_dir or Path(os.environ.get("BENCH_DATA") or "data"))
+        return official.load(name, data_dir)
+    if name == tiny_imagenet.NAME:
+        return tiny_imagenet.load(data_dir)
     raise UnknownName("dataset", name, names())

@@ -1,0 +1,36 @@
+"""The findings of a kept run, and how they are shown; no model is needed, nor torch."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+
+from bench.audit import outcomes as outcome_checks
+from bench.audit.outcomes import Outcomes, outcome_findings
+from bench.finding import Finding, Verdict, merged
+from bench.record import Record
+
+
+def again(record: Record) -> list[Finding]:
+    """A kept run's findings: those of its outcomes as today's checks see them, and what its probes found then."""
+    from_outcomes = {check.code for check in outcome_checks.CHECKS}
+    seen = Outcomes.read(record.outcomes(), record)
+    kept = [finding for finding in record.findings if finding.code not in from_outcomes]
+    return merged([*kept, *outcome_findings(seen)])
+
+
+def as_json(findings: Sequence[Finding], verdict: Verdict) -> str:
+    """`{"verdict": …, "findings": […]}`, indented."""
+    return json.dumps(
+        {"verdict": verdict, "findings": [finding.model_dump() for finding in findings]},
+        indent=2,
+        ensure_ascii=False,
+    )
+
+
+def as_text(findings: Sequence[Finding], verdict: Verdict, what: str) -> str:
+    """The verdict in a line, and two for every finding."""
+    lines = [f"{what}: {verdict}"]
+    for finding in findings:
+        lines += [f"  {finding.severity:7} {finding.code}: {finding.evidence}", f"          {finding.advice}"]
+    return "\n".join(lines)

@@ -1,0 +1,89 @@
+"""The audit of a run: what its outcomes say, and what further cheap attacks on a sample of its images find.
+
+run → outcome checks (free) → gradient checks → probes, as far as their budget goes → findings
+"""
+
+from __future__ import annotations
+
+import time
+from typing import TYPE_CHECKING
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from bench.audit.gradients import gradient_checks, saturation
+from bench.audit.outcomes import Outcomes, outcome_findings
+from bench.audit.probes import probe
+from bench.finding import Finding, merged, verdict
+from bench.judge import Cost, Judge, exact_arithmetic, seeded
+from bench.record import Audited, Record
+from bench.threat import threat_model
+
+if TYPE_CHECKING:
+    from bench.evaluate import Evaluator
+
+#: the share of a run's own passes that looking for doubts may cost
+SHARE = 0.15
+#: what a gradient costs in forward passes
+GRADIENT = 3
+#: the most images that are looked at
+IMAGES = 128
+#: the forward passes that the gradient checks take for an image: 8 directions, two step sizes, both sides, in float64
+DIRECTIONS = 8
+PER_IMAGE = 2 * 4 * DIRECTIONS + 4 * GRADIENT
+
+
+def audit(evaluator: Evaluator, record: Record, outcomes: bytes) -> Record:
+    """The record with what speaks against it, its verdict, and what looking for that cost.
+
+    Args:
+        evaluator: with the model that was attacked.
+        record: of the run that has just ended; findings it has already are kept.
+        outcomes: its outcomes.parquet.
+    """
+    began = time.perf_counter()
+    file = pq.ParquetFile(pa.BufferReader(outcomes), pre_buffer=False)
+    seen = Outcomes.read(file.read(use_threads=False).to_pandas(), record)
+    spent = sum(GRADIENT * program.gradients + program.forwards for program in record.programs)
+    budget = int(SHARE * spent)
+    found: list[Finding] = []
+    cost, zero_loss = Cost(), 0.0
+    right = seen.robust.index[seen.right].to_numpy()[:IMAGES]
+    with exact_arithmetic(), seeded((evaluator.seed, "audit"), 0, evaluator.device):
+        if len(right):
+            x, y = evaluator.split.batch(right, evaluator.device)
+            some = slice(0, max(8, min(32, budget // 4 // PER_IMAGE)))
+            found += gradient_checks(
+                evaluator.attacked, x[some], y[some], black_box=seen.black_box, directions=DIRECTIONS
+            )
+            cost.forwards += PER_IMAGE * len(x[some])
+            _, zero_loss = saturation(
+                Judge(evaluator.attacked, evaluator.classes, cost).logits(x, x, None), y
+            )
+            probed, more = probe(
+                evaluator.model,
+                evaluator.gradient_model,
+                x,
+                y,
+                threat=threat_model(seen.norm, seen.eps),
+                outcomes=seen.at(right),
+                classes=evaluator.classes,
+                random=evaluator.random,
+                seed=evaluator.seed,
+                budget=max(0, budget - cost.forwards),
+            )
+            found += probed
+            cost.gradients += more.gradients
+            cost.forwards += more.forwards
+    seen = seen.with_zero_loss(zero_loss)
+    doubts = merged([*record.findings, *outcome_findings(seen), *found])
+    audited = Audited(
+        images=len(right),
+        gradients=cost.gradients,
+        forwards=cost.forwards,
+        seconds=round(time.perf_counter() - began, 3),
+        share=round((GRADIENT * cost.gradients + cost.forwards) / max(1, spent), 4),
+    )
+    return record.model_copy(
+        update={"findings": doubts, "verdict": verdict(doubts), "audited": audited, "model": seen.facts}
+    )

@@ -1,0 +1,347 @@
+"""One attack program on one batch: images to outcomes, for a deterministic model.
+
+Whatever an attack returns, or shows on its way, is judged by the deployed model and entered here; what it says about itself
+is not used. An image broken by a column leaves that column at once.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from bench.attacks import mixture as mixtures
+from bench.attacks.fgsm import sweep
+from bench.attacks.gradient import naming
+from bench.attacks.losses import LOSSES
+from bench.attacks.pgd import trajectory
+from bench.judge import Counted, Judge
+from bench.moe import Expert, RoutedModel
+from bench.outcome import Outcome
+from bench.plan import Program
+from bench.protocol import Column
+from bench.rng import Rng
+from bench.threat import ThreatModel, threat_model
+from bench.types import Images, Labels, Model
+
+
+@dataclass
+class Trial:
+    """A program, the batch it is run on, and where its outcomes are entered.
+
+    Args:
+        program: what to run.
+        judge: the deployed model; counts what it is asked.
+        attacked: the deployed model as logits, for attacks that must see the model itself.
+        quick: a faster copy for gradients.
+        x, y, index: the batch; `index` are dataset positions.
+        outcomes: of this program's columns, with misclassified and fallen images already entered.
+        seed: of every start.
+        success: `last` or `any`.
+        at_once: how many images gradients are taken of in one pass.
+        found: if wanted, per image the adversarial image at the protocol's radius, filled here.
+        radius: that radius.
+    """
+
+    program: Program
+    judge: Judge
+    attacked: nn.Module
+    quick: Model
+    x: Images
+    y: Labels
+    index: np.ndarray
+    outcomes: dict[str, Outcome]
+    seed: int
+    success: str
+    at_once: int | None = None
+    mixture: RoutedModel | None = None
+    surrogate: nn.Module | None = None
+    found: Images | None = None
+    radius: float = 0.0
+
+    #: whether an image that is broken is attacked no further
+    leaves = True
+
+    def run(self) -> None:
+        """Runs the program."""
+        family = self.program.first.family
+        if family == "fgsm":
+            self._fgsm()
+        elif family == "pgd":
+            self._pgd()
+        elif family == "mixture":
+            self._mixture()
+        elif family == "autoattack":
+            self._autoattack()
+        elif family.startswith("transfer:"):
+            self._transfer()
+        else:
+            self._torchattacks()
+
+    def standing(self, columns: tuple[Column, ...] | list[Column]) -> Tensor:
+        """The images that some of these columns have not broken, as positions in the batch."""
+        return torch.stack([self.outcomes[c.name].robust for c in columns]).any(0).nonzero().flatten()
+
+    def starts(self, *address: int | str, rows: Tensor) -> Rng:
+        """The streams of these images at an address of this run."""
+        return Rng(self.seed, *address, images=self.index[rows.cpu().numpy()].tolist())
+
+    def samples(self, eot: int) -> int:
+        """Passes per gradient where a column asks for this many."""
+        return eot
+
+    def ask(self, x_adv: Images, rows: Tensor, threat: ThreatModel) -> Tensor:
+        """The deployed model's answer to legal images for these rows of the batch."""
+        with naming(rows):
+            return self.judge(x_adv, self.x[rows], threat)
+
+    def enter(
+        self,
+        columns: list[Column] | tuple[Column, ...],
+        rows: Tensor,
+        x_adv: Images,
+        prediction: Tensor,
+        restart: int,
+        step: int,
+        *,
+        only_broken: bool = False,
+    ) -> None:
+        """Settles columns by the answer to images, and keeps the images if they are wanted."""
+        if self.found is not None and columns[0].eps == self.radius:
+            standing = torch.stack([self.outcomes[c.name].robust[rows] for c in columns]).any(0)
+            kept = standing & (prediction != self.y[rows]) if only_broken else standing
+            self.found[rows[kept]] = x_adv[kept]
+        for column in columns:
+            self.outcomes[column.name].settle(
+                rows, prediction, self.y[rows], restart, step, only_broken=only_broken
+            )
+
+    def _fgsm(self) -> None:
+        columns = self.program.columns
+        rows = self.standing(columns)
+        if len(rows) == 0:
+            return
+        # one gradient of hundreds: taken from the model itself, so that no rounding of the copy can turn a sign
+        model = Counted(self.attacked, self.judge.cost, self.at_once)
+        threats = [threat_model(column.norm, column.eps) for column in columns]
+        first = self.program.first
+        with naming(rows):
+            found = sweep(
+                model,
+                self.x[rows],
+                self.y[rows],
+                threats,
+                loss=LOSSES[first.loss],
+                eot=self.samples(first.eot),
+            )
+        for column, (threat, x_adv) in zip(columns, found, strict=True):
+            self.enter([column], rows, x_adv, self.ask(x_adv, rows, threat), 0, 1)
+
+    def _pgd(self) -> None:
+        first = self.program.first
+        threat = threat_model(first.norm, first.eps)
+        model = Counted(self.quick, self.judge.cost, self.at_once)
+        for restart in range(self.program.restarts):
+            wanted = [column for column in self.program.columns if column.restarts > restart]
+            rows = self.standing(wanted)
+            if len(rows) == 0:
+                return
+
+            def witness(
+                step: int,
+                which: Tensor,
+                x_adv: Images,
+                rows: Tensor = rows,
+                wanted: list[Column] = wanted,
+                restart: int = restart,
+            ) -> Tensor:
+                at = rows[which]
+                with naming(which):
+                    prediction = self.judge(x_adv, self.x[at], threat)
+                asked = [column for column in wanted if column.steps >= step]
+                self.enter(asked, at, x_adv, prediction, restart, step, only_broken=True)
+                return prediction != self.y[at]
+
+            runs = trajectory(
+                model,
+                self.x[rows],
+                self.y[rows],
+                threat,
+                rng=self.starts("pgd", first.loss, restart, rows=rows),
+                milestones=self.program.milestones(restart),
+                loss=LOSSES[first.loss],
+                step_size=first.step_size,
+                random_start=first.random_start,
+                eot=self.samples(first.eot),
+                witness=witness if self.leaves and self.success == "any" else None,
+            )
+            with naming(rows):
+                for step, x_adv in runs:
+                    asked = [column for column in wanted if column.steps == step]
+                    prediction = self.judge(x_adv, self.x[rows], threat)
+                    self.enter(asked, rows, x_adv, prediction, restart, step)
+
+    def _mixture(self) -> None:
+        assert self.mixture is not None
+        column = next(c for c in self.program.columns if not c.diagnostic)
+        outcome = self.outcomes[column.name]
+        bound = next((self.outcomes[c.name] for c in self.program.columns if c.diagnostic), None)
+        cost, classes = self.judge.cost, self.judge.classes
+        experts = [Judge(Expert(self.mixture, k), classes, cost) for k in range(self.mixture.experts_count)]
+        x, y = self.x, self.y
+        if bound is not None:
+            # an expert's errors are its own, whatever the mixture makes of them
+            bound.robust = torch.stack([expert(x, x, None) == y for expert in experts]).all(0)
+            bound.restart = torch.where(bound.robust, -1, 0)
+            bound.step = bound.restart.clone()
+        threat = threat_model(column.norm, column.eps)
+        for restart in range(column.restarts):
+            for run in mixtures.runs(column.attack, self.mixture):
+                standing = outcome.robust if bound is None else outcome.robust | bound.robust
+                rows = standing.nonzero().flatten()
+                rng = self.starts(column.name, run.name, restart, rows=rows)
+                here = threat.random_start(x[rows], rng.at("start"))
+                if run.serves is not None and len(rows):
+                    chosen = run.serves(here)
+                    rows, here, rng = rows[chosen], here[chosen], rng.take(chosen)
+                if len(rows) == 0:
+                    continue
+                done = 0
+
+                def witness(
+                    step: int,
+                    which: Tensor,
+                    x_adv: Images,
+                    rows: Tensor = rows,
+                    restart: int = restart,
+                    expert: int | None = run.expert,
+                ) -> Tensor:
+                    at = rows[which]
+                    with naming(which):
+                        prediction = self.judge(x_adv, x[at], threat)
+                    at_step = done + step  # noqa: B023 (called before `done` moves on)
+                    self.enter([column], at, x_adv, prediction, restart, at_step, only_broken=True)
+                    if expert is None:
+                        return prediction != y[at]
+                    with naming(which):
+                        own = experts[expert](x_adv, x[at], threat)
+                    if bound is not None:
+                        bound.settle(at, own, y[at], restart, at_step, only_broken=True)
+                    return own != y[at]
+
+                for aim in run.aims:
+                    left = column.steps - done
+                    steps = left if aim is run.aims[-1] else max(1, round(aim.share * column.steps))
+                    ends = trajectory(
+                        Counted(aim.output, cost, self.at_once),
+                        x[rows],
+                        y[rows],
+                        threat,
+                        rng=rng,
+                        milestones=[steps],
+                        loss=aim.loss,
+                        step_size=column.step_size,
+                        start=here,
+                        eot=self.samples(column.eot),
+                        witness=witness if self.leaves else None,
+                        wrong=aim.wrong,
+                    )
+                    with naming(rows):
+                        ((_, here),) = ends
+                        witness(steps, torch.arange(len(rows), device=x.device), here)
+                    done += steps
+
+    def _autoattack(self) -> None:
+        from bench.attacks.autoattack import component
+
+        *parts, whole = self.program.columns
+        threat = threat_model(whole.norm, whole.eps)
+        model = Counted(self.quick, self.judge.cost)
+        for part in parts:
+            rows = self.standing([whole])
+            if len(rows):
+                rng = self.starts(part.attack, rows=rows)
+                with naming(rows):
+                    x_adv = component(
+                        part.attack, model, self.x[rows], self.y[rows], threat, rng=rng, **part.settings
+                    )
+                self.enter([part, whole], rows, x_adv, self.ask(x_adv, rows, threat), 0, -1)
+            # what an earlier component broke, this one was not shown
+            mine, all_so_far = self.outcomes[part.name], self.outcomes[whole.name]
+            taken = mine.robust & ~all_so_far.robust
+            mine.robust &= all_so_far.robust
+            mine.prediction[taken] = all_so_far.prediction[taken]
+
+    def _transfer(self) -> None:
+        (column,) = self.program.columns
+        rows = self.standing([column])
+        if len(rows) == 0:
+            return
+        assert self.surrogate is not None
+        threat = threat_model(column.norm, column.eps)
+        for restart in range(column.restarts):
+            rows = self.standing([column])
+            if len(rows) == 0:
+                return
+            runs = trajectory(
+                Counted(self.surrogate, self.judge.cost, self.at_once),
+                self.x[rows],
+                self.y[rows],
+                threat,
+                rng=self.starts(column.name, restart, rows=rows),
+                milestones=[column.steps],
+                loss=LOSSES[column.loss],
+                step_size=column.step_size,
+                random_start=column.random_start,
+            )
+            with naming(rows):
+                ((step, x_adv),) = runs
+            self.enter([column], rows, x_adv, self.ask(x_adv, rows, threat), restart, step)
+
+    def _torchattacks(self) -> None:
+        from bench.attacks.torchattacks import from_torchattacks
+
+        (column,) = self.program.columns
+        rows = self.standing([column])
+        if len(rows) == 0:
+            return
+        threat = threat_model(column.norm, column.eps)
+        with naming(rows):
+            x_adv = from_torchattacks(
+                Counted(self.attacked, self.judge.cost),
+                self.x[rows],
+                self.y[rows],
+                threat,
+                rng=Rng(self.seed, column.name, int(self.index[0])),
+                name=column.family.split(":", 1)[1],
+                **column.settings,
+            )
+        self.enter([column], rows, x_adv, self.ask(x_adv, rows, threat), 0, -1)
+
+
+#: images to whole pixel levels
+LEVELS = 255
+
+
+def rounded(x_adv: Images, x: Images, threat: ThreatModel, *, away: bool = False) -> Images:
+    """The images that can be stored with eight bits a pixel and lie in the ball, nearest to `x_adv`.
+
+    With `away` each pixel goes to the next level further from `x`: an attack that stopped just across the boundary would
+    else be rounded back over it. In L∞ a level outside the ball gives way to the nearest one inside; in other norms
+    a whole image does, to one that is rounded towards `x`, which shortens every change if `x` itself is stored so.
+    """
+    levels = x * LEVELS
+    change = x_adv * LEVELS - levels
+    further = change.sign() * (change.abs() - 1e-3).ceil().clamp_min(0) if away else change
+    wanted = (levels + further).round()
+    if threat.norm == "Linf":
+        low, high = (
+            (levels - threat.eps * LEVELS - 1e-3).ceil(),
+            (levels + threat.eps * LEVELS + 1e-3).floor(),
+        )
+        return torch.minimum(torch.maximum(wanted, low), high).clamp(0, LEVELS) / LEVELS
+    wanted = wanted.clamp(0, LEVELS) / LEVELS
+    toward = (levels.round() + change.trunc()).clamp(0, LEVELS) / LEVELS
+    return torch.where(threat.contains(wanted, x)[:, None, None, None], wanted, toward)

@@ -1,0 +1,188 @@
+"""What a program does to a batch beyond one attack: survivors, transfer, rounding; and a model that does not stay itself."""
+
+import numpy as np
+import pytest
+import torch
+from oracles import Hyperplane, dataset, points
+from torch import nn
+
+from bench import protocol as protocols
+from bench.errors import VoidRun
+from bench.evaluate import Evaluator
+from bench.plan import plan
+from bench.protocol import Protocol
+from bench.threat import L2, Linf
+from bench.trial import rounded
+
+
+def columns(*specs, eps=0.1, **fields):
+    return Protocol.model_validate({"name": "t", "column": list(specs), **fields}).columns(eps)
+
+
+def evaluator(model, data, **options):
+    return Evaluator(
+        model, classes=len(data.classes), split=data.test, seed=0, **{"success": "any", **options}
+    )
+
+
+def outcomes(model, data, asked, **options):
+    return evaluator(model, data, **options).run(plan(asked), np.arange(len(data.test)))
+
+
+def median_eps():
+    return float(Hyperplane().margin(points()).median()) * 1.001
+
+
+def test_an_attack_on_survivors_is_shown_only_what_stands():
+    specs = ({"attack": "pgd", "steps": 10}, {"attack": "pgd", "steps": 10, "loss": "margin"})
+    shown = outcomes(Hyperplane(), dataset(), columns(*specs, eps=median_eps(), survivors=True))
+    alone = outcomes(Hyperplane(), dataset(), columns(*specs, eps=median_eps()))
+    assert shown.costs["pgd-margin"].gradients == 12 * 10
+    assert alone.costs["pgd-margin"].gradients > 12 * 10
+    first, second = shown.outcomes["pgd-10"], shown.outcomes["pgd-10-margin"]
+    fell = ~first.robust
+    assert fell.sum() == 12
+    assert not second.robust[fell].any() and (second.restart[fell] == -1).all()
+    assert torch.equal(second.prediction[fell], first.prediction[fell])
+    assert (first.restart[fell] == 0).all() and (first.step[fell] >= 0).all()
+
+
+def test_the_step_at_which_an_image_fell_is_entered():
+    eps = median_eps() * 2
+    asked = columns({"attack": "pgd", "steps": 8, "step_size": eps / 4, "random_start": False}, eps=eps)
+    found = outcomes(Hyperplane(), dataset(), asked).outcomes["pgd-8"]
+    needed = torch.ceil(Hyperplane().margin(points()) / (eps / 4) - 1e-4)
+    assert torch.equal(found.step[~found.robust].float(), needed[~found.robust].clamp_max(4))
+
+
+def test_a_misclassified_image_is_no_survivor_and_is_charged_to_nobody():
+    labels = Hyperplane().labels(points())
+    labels[::3] = 1 - labels[::3]
+    specs = ({"attack": "pgd", "steps": 2}, {"attack": "pgd", "steps": 2, "loss": "margin"})
+    batch = outcomes(Hyperplane(), dataset(labels=labels), columns(*specs, eps=1e-4, survivors=True))
+    for name in ("pgd-2", "pgd-2-margin"):
+        found = batch.outcomes[name]
+        assert (
+            not found.robust[::3].any() and (found.restart[::3] == 0).all() and (found.step[::3] == 0).all()
+        )
+
+
+def test_autoattacks_components_are_columns_of_their_own_each_on_what_the_last_left():
+    eps = median_eps()
+    spec = {"attack": "autoattack", "settings": {"attacks": ["apgd-ce", "square"], "steps": 5, "queries": 20}}
+    asked = columns(spec, eps=eps)
+    assert [c.name for c in asked] == ["clean", "apgd-ce", "square", "aa-like:apgd-ce+square"]
+    batch = outcomes(Hyperplane(), dataset(), asked)
+    standing = [batch.outcomes[c.name].robust for c in asked]
+    assert torch.equal(standing[-1], standing[-2])
+    assert (standing[2] <= standing[1]).all()
+    assert torch.equal(standing[-1], Hyperplane().margin(points()) > eps)
+    taken = ~standing[1]
+    assert (batch.outcomes["square"].restart[taken] == -1).all()
+
+
+def test_a_transferred_image_counts_only_against_the_deployed_model():
+    class Flipped(Hyperplane):
+        def forward(self, x):
+            return super().forward(1 - x)
+
+    eps = median_eps() * 3
+    asked = columns({"attack": "transfer:resnet18", "steps": 20}, eps=eps)
+    same = outcomes(Hyperplane(), dataset(), asked, surrogates={"transfer:resnet18": Hyperplane()})
+    assert torch.equal(same.outcomes["transfer:resnet18-20"].robust, Hyperplane().margin(points()) > eps)
+    other = outcomes(Hyperplane(), dataset(), asked, surrogates={"transfer:resnet18": Hyperplane(seed=9)})
+    assert (
+        other.outcomes["transfer:resnet18-20"].robust.sum()
+        > same.outcomes["transfer:resnet18-20"].robust.sum()
+    )
+
+
+def test_rounded_images_are_levels_inside_the_ball():
+    x = points(8)
+    noise = torch.rand(x.shape, generator=torch.Generator().manual_seed(3)) * 2 - 1
+    for threat in (Linf(2.5 / 255), Linf(8 / 255), L2(0.05)):
+        x_adv = threat.project(x + noise * threat.eps * 1.5, x)
+        for away in (False, True):
+            levels = rounded(x_adv, x, threat, away=away)
+            assert torch.equal((levels * 255).round() / 255, levels)
+            assert threat.contains(levels, x).all()
+    assert torch.equal(rounded(x, x, Linf(0.001)), x)
+
+
+def test_the_8_bit_column_asks_for_what_was_found_on_whole_levels():
+    model, data = Hyperplane(), dataset()
+    eps = 3.5 / 255
+    asked = columns({"attack": "8-bit"}, {"attack": "pgd", "steps": 20}, eps=eps)
+    margin = model.margin(points())
+    for success in ("last", "any"):
+        found = outcomes(model, data, asked, success=success).outcomes
+        assert torch.equal(found["pgd-20"].robust, margin > eps)
+        # on levels a pixel moves by three at most
+        assert found["8-bit"].robust[margin > 3 / 255].all()
+        if success == "last":
+            assert torch.equal(found["8-bit"].robust, margin > 3 / 255)
+    assert (margin > 3 / 255).logical_and(margin <= eps).any(), "some image must tell the two apart"
+
+
+def test_a_model_that_changes_while_it_is_attacked_is_void():
+    class Learns(Hyperplane):
+        def __init__(self):
+            super().__init__()
+            self.calls, self.limit = 0, 10**6
+
+        def forward(self, x):
+            self.calls += 1
+            return super().forward(x) * (1 if self.calls < self.limit else -1)
+
+    data = dataset()
+    one = evaluator(Learns(), data)
+    one.model.limit = one.model.calls + 2
+    one.run(plan(columns({"attack": "pgd", "steps": 2}, eps=1e-4)), np.arange(24))
+    with pytest.raises(VoidRun, match="asked again after the attacks") as caught:
+        one.unchanged()
+    assert caught.value.code == "stateful"
+    honest = evaluator(Hyperplane(), data)
+    honest.run(plan(columns({"attack": "pgd", "steps": 3}, eps=0.1)), np.arange(24))
+    honest.unchanged()
+
+
+def test_a_model_whose_buffers_change_is_void_even_if_its_answers_do_not():
+    class Counts(Hyperplane):
+        def __init__(self):
+            super().__init__()
+            self.register_buffer("seen", torch.zeros(()))
+
+    one = evaluator(Counts(), dataset())
+    one.model.seen += 1
+    with pytest.raises(VoidRun, match="buffers changed"):
+        one.unchanged()
+
+
+def test_probabilities_are_attacked_as_logarithms_and_judged_as_they_are():
+    class Softmax(nn.Module):
+        def __init__(self, scale):
+            super().__init__()
+            self.inner, self.scale = Hyperplane(), scale
+
+        def forward(self, x):
+            return (self.scale * self.inner(x)).softmax(1)
+
+    eps = median_eps()
+    asked = columns({"attack": "pgd", "steps": 20}, eps=eps)
+    one = evaluator(Softmax(20.0), dataset())
+    assert one.facts.output == "probabilities"
+    assert "not-logits" in [finding.code for finding in one.contract.findings]
+    robust = one.run(plan(asked), np.arange(24)).outcomes["pgd-20"].robust
+    assert torch.equal(robust, Hyperplane().margin(points()) > eps)
+
+
+def test_standard_is_survivors_only_and_ends_with_the_names_it_promises():
+    asked = protocols.load("standard").columns(8 / 255)
+    assert [c.name for c in asked if c.part_of is None] == [
+        "clean",
+        "pgd-100x5",
+        "pgd-100x5-margin",
+        "autoattack",
+    ]
+    assert all(c.survivors for c in asked[1:]) and not asked[0].survivors
+    assert [c.name for c in asked if c.part_of == "autoattack"] == ["apgd-ce", "apgd-t", "fab-t", "square"]
