@@ -8,7 +8,7 @@ import sys
 import traceback
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
 import click
 
@@ -140,6 +140,12 @@ def asked(train_only: bool) -> Callable[[Command], Command]:
         click.option("--eps", metavar="E", help="The radius, such as 8/255. [default: the dataset's]"),
         click.option("--checkpoint", metavar="PATH|hf_hub:NAME|URL", help="Weights in place of training."),
         click.option(
+            "--weights",
+            type=click.Choice(["best", "last"]),
+            help="The epoch best on held-out images, or the last. [default: best]",
+        ),
+        click.option("--insist", is_flag=True, help="Evaluate a random model by single draws all the same."),
+        click.option(
             "--batch-size",
             type=int,
             metavar="B",
@@ -166,6 +172,8 @@ def run(
     samples: int | None,
     eps: str | None,
     checkpoint: str | None,
+    weights: Literal["best", "last"] | None,
+    insist: bool,
     batch_size: int | None,
     explain: bool,
     strict: bool,
@@ -186,6 +194,8 @@ def run(
         samples=samples,
         eps=eps,
         checkpoint=checkpoint,
+        weights=weights,
+        insist=insist,
         batch_size=batch_size,
         **_arguments(**shared),
     )

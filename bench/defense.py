@@ -145,6 +145,10 @@ class Defense(Generic[C]):
     recipes: ClassVar[Mapping[str, object]] = {}
     #: how the paper's tables call it, for `--published`; None where no paper prints it
     published_as: ClassVar[str | None] = None
+    #: fields of the config that only the deployed model reads: one training serves all their values
+    evaluation_only: ClassVar[frozenset[str]] = frozenset()
+    #: whether the deployed model draws random numbers, so that a protocol for deterministic ones says too much for it
+    random: ClassVar[bool] = False
 
     def __init__(self, config: C) -> None:
         self.config = config

@@ -22,7 +22,8 @@ from bench.data import Split
 from bench.draws import DRAWS, RandomTrial, score
 from bench.errors import AttackCrash, BenchError, VoidRun
 from bench.fast import Precision, fast
-from bench.judge import Cost, Judge, before_any_attack, exact_arithmetic, is_random, seeded
+from bench.finding import verdict
+from bench.judge import Cost, Judge, before_any_attack, exact_arithmetic, seeded
 from bench.model import LogProbabilities
 from bench.moe import as_mixture
 from bench.outcome import Batch, Outcome
@@ -84,8 +85,10 @@ class Evaluator:
         with exact_arithmetic(), before_any_attack(), seeded((seed, "probe"), 0, self.device):
             self._first = judge.logits(x, x, None)
             self._parameters = fingerprint(self.model)
-            self.random = is_random(self.model, x[:8])
             self.contract = contract(self.model, x, y, classes=classes, adaptive=self.mixture is not None)
+            self.random = self.contract.facts.randomness == "stochastic"
+            # noise too small to matter, or always the same: such a model is attacked like any other
+            self.draws = self.contract.facts.randomness != "deterministic"
             self.facts = self.contract.facts.model_copy(
                 update={
                     "mixture": None if self.mixture is None else "soft" if self.mixture.soft else "hard",
@@ -96,9 +99,9 @@ class Evaluator:
             # probabilities are attacked as their logarithms
             shown = self.facts.output == "probabilities"
             self.attacked: nn.Module = LogProbabilities(self.model) if shown else self.model
-            if self.random:
+            if self.random or verdict(self.contract.findings) == "void":
                 self.gradient_model: Model = expectation(self.attacked)
-                self.about = "as it is (random)"
+                self.about = "as it is (random)" if self.random else "as it is"
             else:
                 made = fast(self.attacked, x[:8], y[:8], precision)
                 self.gradient_model, self.about = made.model, made.about
@@ -173,9 +176,9 @@ class Evaluator:
         with exact_arithmetic():
             for program in sorted(programs, key=lambda program: program.first.family == EIGHT_BIT):
                 cost, started = Cost(), time.perf_counter()
-                address = (self.seed, "judge", program.name, int(index[0])) if self.random else None
+                address = (self.seed, "judge", program.name, int(index[0])) if self.draws else None
                 judge = Judge(self.model, self.classes, cost, seed=address)
-                draws = (self.seed, program.name, int(index[0])) if self.random else None
+                draws = (self.seed, program.name, int(index[0])) if self.draws else None
                 with named(program, index), seeded(draws, 0, self.device):
                     self._answer(program, judge, x, y, batch, found, radius or 0.0)
                 if self.device.type == "cuda":

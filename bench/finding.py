@@ -50,6 +50,8 @@ def merged(found: Sequence[Finding]) -> list[Finding]:
     worst = []
     for same in by_code.values():
         same.sort(key=lambda finding: order[finding.severity])
-        evidence = "; ".join(dict.fromkeys(finding.evidence for finding in same))
+        evidence = same[0].evidence
+        for finding in same[1:]:
+            evidence += "" if finding.evidence in evidence else f"; {finding.evidence}"
         worst.append(same[0].model_copy(update={"evidence": evidence}))
     return sorted(worst, key=lambda finding: order[finding.severity])

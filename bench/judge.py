@@ -140,17 +140,6 @@ def ask(model: Model, x: Images) -> Tensor:
         ) from error
 
 
-def is_random(model: nn.Module, x: Images) -> bool:
-    """Whether the model draws random numbers, or answers the same images differently the second time."""
-    before = torch.random.get_rng_state()
-    with torch.no_grad(), seeded((0, "probe"), 0, x.device):
-        state = torch.random.get_rng_state()
-        first, second = model(x.clone()), model(x.clone())
-        drew = not torch.equal(state, torch.random.get_rng_state())
-    assert torch.equal(before, torch.random.get_rng_state())
-    return drew or bool((first - second).abs().max() > 1e-6 * first.abs().max().clamp_min(1e-12))
-
-
 @contextmanager
 def seeded(address: tuple[int | str, ...] | None, call: int, device: torch.device) -> Iterator[None]:
     """The global generator at an address, put back afterwards; left alone without one."""

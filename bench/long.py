@@ -193,7 +193,7 @@ def _group(label: str, records: list[Record]) -> Group:
         mean, std = mean_std(values)
         # of a random model each image counts by its share: the interval is then wide enough for images and draws together,
         # a mean of values in [0,1] varying no more than that of coins of the same mean
-        low, high = wilson(mean * len(images), len(images))
+        low, high = (float(end) for end in wilson(mean * len(images), len(images)))
         if void:
             mean = low = high = std = math.nan
         columns.append(
@@ -207,8 +207,8 @@ def _group(label: str, records: list[Record]) -> Group:
                 restarts=column.restarts,
                 eot=column.eot,
                 accuracy=100 * mean,
-                ci_low=100 * float(low),
-                ci_high=100 * float(high),
+                ci_low=100 * low,
+                ci_high=100 * high,
                 n=len(images),
                 seeds=len(values),
                 std=100 * std,
@@ -275,6 +275,7 @@ def _facets(alike: Sequence[Record]) -> Iterator[tuple[str, ...]]:
         pairs = zip(names, sources, strict=True)
         yield tuple(source if source == "trained" else f"checkpoint {name}" for name, source in pairs)
     yield tuple(a.recipe or "no recipe" for a in asked)
+    yield tuple(f"{a.weights} epoch" for a in asked)
     yield tuple(_eps(record) for record in alike)
     yield tuple(f"n={a.samples}" for a in asked)
     yield tuple(a.precision for a in asked)

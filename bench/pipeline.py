@@ -13,7 +13,7 @@ import signal
 import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import datetime, timezone
 from importlib import metadata
 from pathlib import Path
@@ -24,14 +24,14 @@ from torch import nn
 
 from bench import checkpoint as checkpoints
 from bench import record as records
-from bench.audit.contract import Contract, contract
+from bench.audit.contract import Contract, contract, is_random
 from bench.audit.gradients import gradient_checks
 from bench.audit.run import audit
 from bench.config import as_json
 from bench.errors import BenchError, Interrupted, UsageError, VoidRun
 from bench.evaluate import Evaluator
 from bench.finding import Finding, verdict
-from bench.judge import Cost, exact_arithmetic, is_random
+from bench.judge import Cost, exact_arithmetic
 from bench.moe import as_mixture
 from bench.parts import Parts
 from bench.plan import Program, explain, plan
@@ -80,12 +80,28 @@ def run_session(session: Session) -> list[Record]:
     records.writable(session.results)
     # the images are read before hours are spent on training what could then not be evaluated
     samples_of(session)
+    for job in session.jobs:
+        _refuse_plain(session, job, job.kind.random)
     found = []
     for job in session.jobs:
         for seed in session.seeds:
             weights = weigh(session, job, seed)
             found += [evaluate(session, job, seed, weights, protocol) for protocol in session.protocols]
     return found
+
+
+def _refuse_plain(session: Session, job: Job, random: bool) -> None:
+    """Refuses to evaluate a random model by single passes, unless the user insists.
+
+    Raises:
+        UsageError: it is random, and a protocol takes one pass for a gradient.
+    """
+    for protocol in session.protocols:
+        if random and protocol.random_eot == 1 and not session.insist:
+            raise UsageError(
+                f"{job.name!r} is random: its answers differ from call to call, and {protocol.name} follows the gradient of single "
+                "draws, which overstates its robustness; use --protocol standard, which takes means, or --insist"
+            )
 
 
 def train_session(session: Session) -> list[Path]:
@@ -127,13 +143,12 @@ def check_session(session: Session) -> list[tuple[str, Contract]]:
         model = model.to(session.device).eval().requires_grad_(False)
         if not trained:
             session.say(f"{job.name}: untrained weights; --checkpoint gives it others")
+        adaptive = as_mixture(model) is not None
         with exact_arithmetic():
-            one = contract(
-                model, x, y, classes=len(session.data.classes), adaptive=as_mixture(model) is not None
-            )
+            one = contract(model, x, y, classes=len(session.data.classes), adaptive=adaptive)
             callable_ = not any(finding.severity == "blocks" for finding in one.findings)
             if callable_:
-                doubts = gradient_checks(model, x[:16], y[:16])
+                doubts = gradient_checks(model, x[:16], y[:16], black_box=True, adaptive=adaptive)
                 one = dataclasses.replace(one, findings=[*one.findings, *doubts])
         found.append((job.name, one))
     return found
@@ -152,6 +167,7 @@ def evaluate(session: Session, job: Job, seed: int, weights: Weights, protocol: 
     """
     data, n = session.data, samples_of(session)
     weights.model.to(session.device).eval()
+    _refuse_plain(session, job, _random(session, weights.model))
     columns = _columns(protocol, session, weights.model)
     surrogates = _surrogates(session, columns, seed)
     asked = Asked(
@@ -165,6 +181,7 @@ def evaluate(session: Session, job: Job, seed: int, weights: Weights, protocol: 
         seed=seed,
         samples=n,
         precision=session.precision,
+        weights=session.weights,
         code=weights.code,
     )
     folder = records.folder(session.results, asked)
@@ -236,12 +253,11 @@ def _columns(protocol: Protocol, session: Session, model: nn.Module) -> list[Col
 
 
 def _random(session: Session, model: nn.Module) -> bool:
-    x, _ = session.data.test.batch(slice(0, 8), session.device)
-    try:
-        return is_random(model, x)
-    except Exception:
-        # a stranger's model may raise anything; what it was is said when it is examined
-        return False
+    x, y = session.data.test.batch(slice(0, 8), session.device)
+    with suppress(VoidRun):
+        # what it was, is said when the model is examined
+        return is_random(model, x, y, len(session.data.classes))
+    return False
 
 
 def _surrogates(session: Session, columns: Sequence[Column], seed: int) -> dict[str, nn.Module]:

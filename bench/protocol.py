@@ -60,6 +60,8 @@ BOUND = "every-expert"
 STANDARD = ("apgd-ce", "apgd-t", "fab-t", "square")
 #: what its authors run against random models
 RAND = ("apgd-ce", "apgd-dlr")
+#: what its authors start five times over in the version `plus`
+PLUS_RESTARTED = ("apgd-ce", "apgd-dlr", "fab")
 #: the column that rounds what the others found
 EIGHT_BIT = "8-bit"
 #: what `adaptive` may ask of a mixture and of nothing else
@@ -320,8 +322,15 @@ class Protocol(BaseModel):
         reduced = {key: value for key, value in settings.items() if key not in ("version", "attacks")}
         if settings.get("version") == "rand":
             reduced.setdefault("eot", 20)
+        plus = settings.get("version") == "plus"
         parts = [
-            dataclasses.replace(one, name=attack, attack=attack, settings=reduced, part_of=name)
+            dataclasses.replace(
+                one,
+                name=attack,
+                attack=attack,
+                settings={**reduced, **({"restarts": 5} if plus and attack in PLUS_RESTARTED else {})},
+                part_of=name,
+            )
             for attack in attacks
         ]
         return [*parts, dataclasses.replace(one, name=name, attack=name, settings=reduced)]

@@ -51,6 +51,8 @@ class Asked(BaseModel):
     seed: int
     samples: int
     precision: Literal["fp32", "bf16"] = "fp32"
+    weights: Literal["best", "last"] = "best"
+    """which network of its training"""
     harness: int = OUTCOMES
     """which generation of the harness's attacks was asked"""
     code: str = ""

@@ -6,7 +6,7 @@ import dataclasses
 import math
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any, Literal
 
 import torch
 
@@ -20,10 +20,6 @@ from bench.errors import UsageError
 from bench.fast import Precision
 from bench.protocol import Protocol
 from bench.threat import threat_model
-
-if TYPE_CHECKING:
-    pass
-
 
 #: how many images are attacked at once, where nothing else is said
 BATCH_SIZE = {"cpu": 128, "cuda": 512}
@@ -61,6 +57,10 @@ class Session:
     samples: int | None
     eps: float | None
     checkpoint: str | None
+    weights: Literal["best", "last"]
+    """which network of a training is evaluated"""
+    insist: bool
+    """whether a random model is evaluated under a protocol for deterministic ones all the same"""
     device: torch.device
     batch_size: int
     precision: Precision
@@ -83,6 +83,8 @@ def prepare(
     eps: float | str | None = None,
     recipe: str | None = None,
     checkpoint: str | None = None,
+    weights: Literal["best", "last"] | None = None,
+    insist: bool = False,
     settings: Mapping[str, object] | None = None,
     attacks: Sequence[str] = (),
     plugin: str | Path | None = None,
@@ -122,6 +124,10 @@ def prepare(
                 attack_class(column.family.split(":", 1)[1])
     if checkpoint is not None and len(kinds) > 1:
         raise UsageError(f"one checkpoint for {len(kinds)} defenses; give --defense one name")
+    if weights not in (None, "best", "last"):
+        raise UsageError(f"no weights {weights!r}; choose best or last")
+    if checkpoint is not None and weights is not None:
+        raise UsageError("--weights chooses between two networks of a training; a checkpoint is one")
     if seeds < 1 or seed < 0:
         raise UsageError(f"seed must be at least 0 and seeds at least 1, not {seed} and {seeds}")
     if precision not in ("fp32", "bf16"):
@@ -151,6 +157,8 @@ def prepare(
         samples=samples,
         eps=radius,
         checkpoint=checkpoint,
+        weights=weights or "best",
+        insist=insist,
         device=where,
         batch_size=batch_size or BATCH_SIZE[where.type],
         precision=precision,

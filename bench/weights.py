@@ -54,12 +54,10 @@ class Weights:
     """whether the accuracy that a checkpoint states was found on these images"""
 
 
-def weigh(session: Session, job: Job, seed: int, which: Which = "best") -> Weights:
+def weigh(session: Session, job: Job, seed: int) -> Weights:
     """The network of a job with its weights: from the checkpoint given, from an earlier training, or trained now.
 
-    Args:
-        session, job, seed: what was asked.
-        which: of a training's two networks; a checkpoint that is given is one.
+    Which of a training's two networks it is, `session.weights` says.
 
     Raises:
         CheckpointError: an earlier training kept the best epoch alone, and the last one is asked for.
@@ -76,7 +74,7 @@ def weigh(session: Session, job: Job, seed: int, which: Which = "best") -> Weigh
     if not stages(job, data):
         return Weights(model, Training(source="as built", seed=seed, parameters=size(model)), code)
     folder = _training_folder(session, job, seed, code)
-    path = folder / FILES[which]
+    path = folder / FILES[session.weights]
     if not path.is_file():
         if (folder / FILES["best"]).is_file():
             raise CheckpointError(
@@ -231,8 +229,9 @@ def _precision(session: Session, job: Job) -> Precision:
 
 
 def _training_folder(session: Session, job: Job, seed: int, code: str) -> Path:
+    learnt = {k: v for k, v in as_json(job.config).items() if k not in job.kind.evaluation_only}
     asked = {
-        "config": as_json(job.config),
+        "config": learnt,
         "data": session.data.train.hash,
         "seed": seed,
         "precision": _precision(session, job),

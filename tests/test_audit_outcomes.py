@@ -244,10 +244,16 @@ BOUND = other("every-expert", diagnostic=True)
         ([(FROZEN, 600), (ROUTE, 600), (BOUND, 590)], "hard", None),
         ([(FROZEN, 600), (ROUTE, 600), (BOUND, 620)], "hard", "warns"),
         ([(FROZEN, 600), (ROUTE, 600), (BOUND, 601)], "hard", "informs"),
+        ([(FROZEN, 600), (ROUTE, 600), (BOUND, 605)], "hard", "informs"),
     ],
 )
 def test_what_a_gate_hides_is_told(columns, mixture, severity):
     assert found(run(*columns, mixture=mixture), "gate-masks") == severity
+
+
+def test_one_image_alone_is_no_violation_however_few_there_are():
+    outcomes = run((FROZEN, 60), (ROUTE, 60), (BOUND, 61), n=100, mixture="hard")
+    assert found(outcomes, "gate-masks") == "informs"
 
 
 @pytest.mark.parametrize(("mixture", "severity"), [("hard", "warns"), ("soft", None), (None, None)])

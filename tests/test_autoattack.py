@@ -30,7 +30,7 @@ from bench.threat import Linf, threat_model
 
 each_component = pytest.mark.parametrize("name", COMPONENTS)
 each_norm = pytest.mark.parametrize("norm", ["Linf", "L2"])
-QUICK = {"steps": 10, "restarts": 2, "targets": 3, "queries": 60}
+QUICK = {"steps": 6, "restarts": 2, "targets": 3, "queries": 60}
 SIDE = 6
 
 

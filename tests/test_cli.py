@@ -174,7 +174,7 @@ def test_list_shows_what_a_plugin_registers(call):
 def test_a_run_prints_its_table_and_nothing_else(call):
     code, out, err = call(*FINE)
     assert code == 0 and "fine" in out and not out.endswith("\n\n")
-    assert [line.split(",")[0].split(":")[0] for line in err.splitlines()] == ["fine", "records"]
+    assert [line.split(",")[0].split(":")[0] for line in err.splitlines()] == ["fine", "records", "audit"]
 
 
 def test_a_run_as_json_is_the_long_table(call):
@@ -281,7 +281,7 @@ def test_what_is_asked_wrongly_is_one_line(refused, words, said):
         (["table", "--results", "nowhere"], "no results folder 'nowhere'; `bench run` makes one"),
         (["table", "--results", "one.toml/x"], "no results folder 'one.toml/x'"),
         (["plot", "--results", "nowhere"], "no results folder 'nowhere'"),
-        (["plot"], "no finished dwf-paper runs in 'results'"),
+        (["plot"], "no finished dwf-paper or sweep runs in 'results'"),
         (["list", "models"], "'models' is not one of 'defenses'"),
         (["list", "--plugin", "nowhere.py"], "no plugin file 'nowhere.py'"),
         (
@@ -410,21 +410,21 @@ def test_a_plugin_that_fails_at_import_is_one_line(refused, tmp_path, content, s
     [
         (
             "return self.net(x) * float('nan')",
-            "bad: this model cannot be evaluated: logits are NaN or infinite for 8",
+            "bad: this model cannot be evaluated: logits are NaN or infinite for 32",
         ),
-        ("return self.net(x)[:, :9]", r"float logits \(8, 10\) for 10 classes, but returned \(8, 9\)"),
+        ("return self.net(x)[:, :9]", r"float logits \(32, 10\) for 10 classes, but returned \(32, 9\)"),
         ("return self.net(x), 1", "for 10 classes, but returned a tuple"),
         ("return self.net(x).softmax(1)[0]", r"but returned \(10,\)"),
-        ("return self.net(x).argmax(1)", r"but returned \(8,\) torch.int64"),
+        ("return self.net(x).argmax(1)", r"but returned \(32,\) torch.int64"),
         ("raise KeyError('first\\nsecond')", "the model raised KeyError: 'first"),
         ("return self.net(x).detach()", "the model's logits carry no gradient to its input"),
         (
             "return self.net(x) if not x.requires_grad else missing",
-            "bad: run void: the model raised NameError: name 'missing'",
+            "the model raised NameError: name 'missing'",
         ),
         (
             "return torch.where(x.sum((1, 2, 3), keepdim=True)[:, :, 0, 0] > 24.5, float('nan'), 1.) * self.net(x)",
-            r"bad: run void: logits are NaN .*\(image \d+, column clean\)",
+            r"logits are NaN or infinite for \d+ of 32",
         ),
     ],
     ids=["nan", "classes", "tuple", "shape", "labels", "raises", "detached", "in backward", "nan for some"],

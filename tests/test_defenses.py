@@ -17,6 +17,7 @@ from torch.nn import functional as F
 
 import bench
 from bench import registry
+from bench.audit.contract import is_random
 from bench.config import as_json, from_json, replaced
 from bench.defense import Defense, FunctionDefense, NoSettings, Stage, follow
 from bench.errors import Interrupted, UsageError
@@ -129,10 +130,23 @@ def test_an_image_is_judged_alone_and_the_same_way_twice(name):
     x = torch.rand(6, *DATA.shape, dtype=torch.float64)
     model.train()(x)
     model.eval()
+    answers = deterministic(model)
     with torch.no_grad():
-        together = model(x)
-        assert torch.equal(model(x), together)
-        torch.testing.assert_close(torch.cat([model(one[None]) for one in x]), together)
+        together = answers(x)
+        assert torch.equal(answers(x), together)
+        torch.testing.assert_close(torch.cat([answers(one[None]) for one in x]), together)
+
+
+def deterministic(model):
+    """The model, or what a random one says of its expectation."""
+    return getattr(model, "expected_log_probabilities", model)
+
+
+@EVERY
+def test_a_network_is_random_if_and_only_if_its_defense_says_so(name):
+    model = initial(small(name), DATA, 0).eval()
+    x, y = DATA.test.batch(slice(0, 6))
+    assert is_random(model, x, y, len(DATA.classes)) == registry.get(name).random
 
 
 @EVERY
@@ -141,8 +155,9 @@ def test_weights_carry_a_network_from_one_build_to_another(name):
     x = torch.rand(6, *DATA.shape)
     model.train()(x)
     other.load_state_dict(model.state_dict())
-    assert torch.equal(other.eval()(x), model.eval()(x))
-    assert torch.equal(copy.deepcopy(model)(x), model(x))
+    model.eval(), other.eval()
+    assert torch.equal(deterministic(other)(x), deterministic(model)(x))
+    assert torch.equal(deterministic(copy.deepcopy(model))(x), deterministic(model)(x))
 
 
 @EVERY
@@ -175,9 +190,11 @@ def test_a_few_steps_of_each_stage_lower_its_loss(name):
     stages = defense.stages(DATA)
     assert stages and len({stage.name for stage in stages}) == len(stages)
     x, y = DATA.train.batch(slice(0, 18))
+    # one network for all: a later stage may need what an earlier one taught
+    model = initial(defense, DATA, 0).train()
     for stage in stages:
-        losses = take(initial(defense, DATA, 0).train(), stage, 10, x, y)
-        assert losses[-1] < 0.9 * losses[0], stage.name
+        losses = take(model, stage, 10, x, y)
+        assert losses[-1] < max(0.9 * losses[0], 0.05), stage.name
 
 
 @EVERY

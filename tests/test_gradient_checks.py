@@ -19,7 +19,7 @@ from broken_models import (
 from torch import nn
 
 from bench.audit.contract import contract
-from bench.audit.gradients import CHECKS, Subject, gradient_checks, saturation
+from bench.audit.gradients import CHECKS, Agreement, Subject, gradient_checks, saturation
 from bench.finding import verdict
 
 #: what cannot even be asked for a gradient
@@ -98,6 +98,23 @@ def test_no_difference_leaves_the_box():
 
 def test_adaptive_attacks_make_a_surrogate_information():
     assert severities(looked(wrapped(NegatedGradient), adaptive=True)) == {"wrong-direction": "informs"}
+
+
+@pytest.mark.parametrize(
+    ("short", "long", "error", "codes"),
+    [
+        (1.0, 0.99, 1e-9, set()),
+        (0.95, 0.85, 1e-9, {"shattered-gradient"}),
+        (0.8, 0.6, 1e-9, {"shattered-gradient"}),
+        (0.66, 0.66, 1e-9, {"wrong-direction"}),
+        (1.0, 0.99, 0.3, {"wrong-direction"}),
+        (0.95, 0.6, 0.3, {"wrong-direction"}),
+    ],
+)
+def test_jumps_are_told_from_surrogates_by_what_a_longer_step_loses(short, long, error, codes):
+    subject = Subject(undefended(), *rightly_classified(undefended(), 2))
+    subject.short, subject.long = Agreement(short, error, 1e-4, 99), Agreement(long, 1.0, 1e-3, 99)
+    assert {one.code for one in CHECKS if one(subject)} == codes
 
 
 class OnlySingle(Wrapper):

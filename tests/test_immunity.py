@@ -12,10 +12,10 @@ from torch.nn import functional as F
 
 from baselines.resnet import resnet18
 from bench.attacks.pgd import pgd
+from bench.audit.contract import is_random
 from bench.config import replaced
 from bench.errors import UsageError
 from bench.gradcam import gradcam, heatmaps, of_labels
-from bench.judge import is_random
 from bench.model import Normalized
 from bench.moe import as_mixture
 from bench.rng import Rng
@@ -200,7 +200,7 @@ def test_a_deployed_model_draws_from_the_global_generator_alone(switches):
         torch.manual_seed(seed)
         said.append(model(x))
     assert torch.equal(said[0], said[1]) and not torch.allclose(said[0], said[2])
-    assert is_random(model, x)
+    assert is_random(model, x, torch.zeros(len(x), dtype=torch.int64), said[0].shape[1])
 
 
 def test_images_of_a_batch_are_dealt_to_apart():

@@ -9,8 +9,8 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 
-from bench.outcome import Batch, Outcome
 from bench.judge import Cost
+from bench.outcome import Batch, Outcome
 from bench.parts import Parts
 
 COLUMNS = ["clean", "fgsm-0.1", "pgd-10"]

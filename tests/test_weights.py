@@ -1,11 +1,13 @@
 """Both networks of a training are kept, and either can be asked for."""
 
+import dataclasses
+
 import pytest
 import safetensors.torch
 import torch
 
 import bench.weights
-from bench.errors import CheckpointError
+from bench.errors import CheckpointError, UsageError
 from bench.session import prepare
 from bench.train import train
 from bench.weights import weigh
@@ -31,9 +33,13 @@ def session(tmp_path_factory):
     return session
 
 
+def weighed(session, which):
+    return weigh(dataclasses.replace(session, weights=which), session.jobs[0], 0)
+
+
 @pytest.mark.parametrize(("which", "epoch", "file"), [("best", 2, "model"), ("last", 3, "last")])
 def test_the_best_and_the_last_network_are_kept_and_say_which_they_are(which, epoch, file, session):
-    found = weigh(session, session.jobs[0], 0, which)
+    found = weighed(session, which)
     made = found.training
     assert found.path.name == f"{file}.safetensors"
     assert (made.weights, made.epoch, made.source) == (which, epoch, "trained")
@@ -47,16 +53,16 @@ def test_the_best_and_the_last_network_are_kept_and_say_which_they_are(which, ep
 
 def test_the_two_networks_differ_and_nothing_is_trained_twice(session, monkeypatch):
     monkeypatch.setattr(bench.weights, "train", lambda *given, **more: pytest.fail("trained again"))
-    best, last = (weigh(session, session.jobs[0], 0, which).model.state_dict() for which in ("best", "last"))
+    best, last = (weighed(session, which).model.state_dict() for which in ("best", "last"))
     assert any(not torch.equal(best[key], last[key]) for key in best)
 
 
 def test_the_last_network_of_a_training_that_kept_the_best_alone_is_refused(session):
-    path = weigh(session, session.jobs[0], 0, "last").path
+    path = weighed(session, "last").path
     content = path.read_bytes()
     path.unlink()
     with pytest.raises(CheckpointError, match="keeps the best epoch alone; delete it to train again"):
-        weigh(session, session.jobs[0], 0, "last")
+        weighed(session, "last")
     path.write_bytes(content)
 
 
@@ -83,3 +89,23 @@ def test_a_collapse_is_said_when_training_is_over(tmp_path, monkeypatch):
         line
         == "fgsm_at: its robustness collapsed in epoch 2 of fgsm-at: 3 % of the held-out images are left under PGD-10"
     )
+
+
+def test_a_field_that_only_the_deployed_model_reads_asks_for_no_other_training(session, monkeypatch):
+    """Any field serves; the deployed model of this one does not read it, and the class says so."""
+    job = session.jobs[0]
+    kind = type("Declared", (job.kind,), {"evaluation_only": frozenset({"steps"})})
+    jobs = [
+        dataclasses.replace(job, kind=kind, config=dataclasses.replace(job.config, steps=steps))
+        for steps in (1, 2)
+    ]
+    one, two = (bench.weights._training_folder(session, each, 0, "code") for each in jobs)
+    assert one == two
+    undeclared = [dataclasses.replace(each, kind=job.kind) for each in jobs]
+    one, two = (bench.weights._training_folder(session, each, 0, "code") for each in undeclared)
+    assert one != two
+
+
+def test_a_checkpoint_is_one_network_and_has_no_best_and_last():
+    with pytest.raises(UsageError, match="a checkpoint is one"):
+        prepare("resnet18", "digits", checkpoint="w.pt", weights="last")

@@ -47,11 +47,12 @@ def _one_pass(model: Model, x: Images, y: Labels, loss: AttackLoss) -> tuple[Ten
         total = loss(logits, y).sum()
     if not total.requires_grad:
         raise VoidRun(
-            "the model's logits carry no gradient to its input (a no_grad or detach inside?); gradient attacks would see nothing"
+            "the model's logits carry no gradient to its input (a no_grad or detach inside?); gradient attacks would see nothing",
+            code="zero-gradient",
         )
     (gradient,) = torch.autograd.grad(total, point, allow_unused=True)
     if gradient is None:
-        raise VoidRun("the model's logits do not depend on its input")
+        raise VoidRun("the model's logits do not depend on its input", code="zero-gradient")
     return gradient, logits.detach()
 
 

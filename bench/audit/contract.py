@@ -79,6 +79,20 @@ def contract(model: nn.Module, x: Images, y: Labels, *, classes: int, adaptive: 
     return Contract([finding for finding in found if finding is not None], facts, subject.forwards)
 
 
+def is_random(model: nn.Module, x: Images, y: Labels, classes: int) -> bool:
+    """Whether a model's answers differ from call to call by more than rounding, or may: it is enough that it draws anew.
+
+    Raises:
+        VoidRun: the model cannot be asked.
+    """
+    with generators_kept(x.device), exact_arithmetic(), evaluating(model), frozen(model), torch.no_grad():
+        subject = Subject(model, x, y, classes)
+        try:
+            return subject.randomness == "stochastic"
+        finally:
+            subject.before.restore()
+
+
 @dataclass(frozen=True)
 class Pass:
     """A forward pass that was watched."""

@@ -5,18 +5,15 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 
-from bench.audit import outcomes as outcome_checks
 from bench.audit.outcomes import Outcomes, outcome_findings
 from bench.finding import Finding, Verdict, merged
 from bench.record import Record
 
 
 def again(record: Record) -> list[Finding]:
-    """A kept run's findings: those of its outcomes as today's checks see them, and what its probes found then."""
-    from_outcomes = {check.code for check in outcome_checks.CHECKS}
+    """A kept run's findings: those it was stored with, and what today's checks see in its outcomes."""
     seen = Outcomes.read(record.outcomes(), record)
-    kept = [finding for finding in record.findings if finding.code not in from_outcomes]
-    return merged([*kept, *outcome_findings(seen)])
+    return merged([*record.findings, *outcome_findings(seen)])
 
 
 def as_json(findings: Sequence[Finding], verdict: Verdict) -> str:

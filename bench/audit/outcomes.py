@@ -320,6 +320,9 @@ def saturated_loss(outcomes: Outcomes, threshold: float) -> Evidence:
 )
 def not_converged(outcomes: Outcomes, threshold: float) -> Evidence:
     """The last quarter of PGD's steps, its last restart, or twice the steps still break more than 0.5 % of all images; beyond chance it warns."""
+    if outcomes.facts.draws > 1:
+        # of a random model every restart may find a better candidate by luck; the probe with twice the samples tells
+        return None
     seen: list[tuple[int, str]] = []
     attacks = [column for column in outcomes.attacks if _iterated(column) and column.steps]
     for column in attacks:

@@ -33,8 +33,6 @@ from bench.types import Images, Labels, Model
 
 #: what a gradient costs in forward passes
 GRADIENT = 3
-#: the fewest images a probe looks at, where there are so many, whatever the budget
-LEAST = 16
 #: how many pixels a CPU takes gradients of in one pass
 PIXELS_AT_ONCE = 65536
 #: draws by which an image of a random model is judged
@@ -248,7 +246,7 @@ def probe(
         random: whether the model's answers differ from call to call.
         seed: of every start.
         budget: in forward passes, a gradient counting three; each probe looks at as many images as its part of what is
-            left allows, and at sixteen whatever that is.
+            left allows.
     """
     at_radius = [
         c for c in outcomes.attacks if c.norm == threat.norm and (c.epsilon or 0) >= threat.eps - 1e-9
@@ -280,14 +278,16 @@ def run(subject: Subject, budget: int, probes: Sequence[Probe] | None = None) ->
         one, among = left[0], left[0].among(subject)
         spent = GRADIENT * subject.cost.gradients + subject.cost.forwards
         affordable = (budget - spent) // (len(left) * one.passes(subject))
-        sample = subject.take(among.nonzero().flatten()[: max(LEAST, affordable)])
+        sample = subject.take(among.nonzero().flatten()[: max(0, affordable)])
+        del left[0]
+        if len(sample) == 0:
+            continue
         try:
             found += findings(one.checks, dataclasses.replace(sample, weight=float(among.float().mean())))
         except VoidRun as error:
             codes = ", ".join(dict.fromkeys(check.code for check in one.checks))
             evidence = f"{error} (while looking for {codes})"
             found.append(Finding(code=error.code, severity="warns", evidence=evidence, advice=CRASHED))
-        del left[0]
     return found
 
 

@@ -45,21 +45,29 @@ def audit(evaluator: Evaluator, record: Record, outcomes: bytes) -> Record:
     file = pq.ParquetFile(pa.BufferReader(outcomes), pre_buffer=False)
     seen = Outcomes.read(file.read(use_threads=False).to_pandas(), record)
     spent = sum(GRADIENT * program.gradients + program.forwards for program in record.programs)
-    budget = int(SHARE * spent)
+    # a tenth is kept back: judging what a step seems to have broken comes on top of what a probe states
+    budget = int(0.9 * SHARE * spent)
     found: list[Finding] = []
     cost, zero_loss = Cost(), 0.0
     right = seen.robust.index[seen.right].to_numpy()[:IMAGES]
     with exact_arithmetic(), seeded((evaluator.seed, "audit"), 0, evaluator.device):
         if len(right):
             x, y = evaluator.split.batch(right, evaluator.device)
-            some = slice(0, max(8, min(32, budget // 4 // PER_IMAGE)))
-            found += gradient_checks(
-                evaluator.attacked, x[some], y[some], black_box=seen.black_box, directions=DIRECTIONS
-            )
-            cost.forwards += PER_IMAGE * len(x[some])
-            _, zero_loss = saturation(
-                Judge(evaluator.attacked, evaluator.classes, cost).logits(x, x, None), y
-            )
+            # a quarter of the budget, and no more images than tell one in a hundred from none
+            some = slice(0, min(64, budget // 4 // PER_IMAGE))
+            if some.stop:
+                found += gradient_checks(
+                    evaluator.attacked,
+                    x[some],
+                    y[some],
+                    black_box=seen.black_box,
+                    adaptive=evaluator.mixture is not None,
+                    directions=DIRECTIONS,
+                )
+                cost.forwards += PER_IMAGE * len(x[some])
+            if len(x) <= budget // 4:
+                logits = Judge(evaluator.attacked, evaluator.classes, cost).logits(x, x, None)
+                _, zero_loss = saturation(logits, y)
             probed, more = probe(
                 evaluator.model,
                 evaluator.gradient_model,
