@@ -30,6 +30,8 @@ HEADER = (
     *("accuracy", "ci_low", "ci_high", "n", "seeds", "std"),
 )
 WORST_CASE = "worst-case"
+#: of a random model: the share of images right in every single draw under every attack; no headline, it falls with the draws
+WORST_DRAW = "worst-draw"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,7 +69,7 @@ class Group:
     Args:
         label: the defense, with a suffix in brackets where another group has its name, dataset and protocol.
         records: by seed.
-        columns: in the protocol's order, `worst-case` last.
+        columns: in the protocol's order, then `worst-case`, and of a random model `worst-draw`.
         images: positions in the dataset, int64 `(n,)`, rising.
         shares: per record, for each column and image the share of draws in which the answer was right, `(columns, n)`;
             1 or 0 where the model is deterministic.
@@ -170,7 +172,7 @@ def _question(record: Record) -> str:
     own = {"seed", "model_hash"} if record.training.source == "trained" else {"seed"}
     asked = record.asked.model_dump(mode="json", exclude=own)
     columns = [column.model_dump(mode="json") for column in record.columns]
-    return json.dumps([asked, record.training.source, columns], sort_keys=True)
+    return json.dumps([asked, record.training.source, columns, record.model.draws], sort_keys=True)
 
 
 def _group(label: str, records: list[Record]) -> Group:
@@ -183,13 +185,15 @@ def _group(label: str, records: list[Record]) -> Group:
     measured = tuple(matrix for _, matrix in read)
     void = any(record.verdict == "void" for record in records)
     radii = [column.epsilon for column in asked if column.epsilon is not None]
-    worst = ColumnRecord(name=WORST_CASE, attack=WORST_CASE, epsilon=max(radii, default=None))
+    worst = [ColumnRecord(name=WORST_CASE, attack=WORST_CASE, epsilon=max(radii, default=None))]
+    if records[0].model.draws > 1:
+        worst.append(ColumnRecord(name=WORST_DRAW, attack=WORST_DRAW, epsilon=max(radii, default=None)))
     # Two trainings of one seed are one seed: they are averaged before seeds are.
     seeds = np.array([record.asked.seed for record in records])
     shares = np.array([matrix.mean(1) for matrix in measured])
     by_seed = np.array([shares[seeds == seed].mean(0) for seed in np.unique(seeds)])
     columns = []
-    for column, values in zip([*asked, worst], by_seed.T, strict=True):
+    for column, values in zip([*asked, *worst], by_seed.T, strict=True):
         mean, std = mean_std(values)
         # of a random model each image counts by its share: the interval is then wide enough for images and draws together,
         # a mean of values in [0,1] varying no more than that of coins of the same mean
@@ -222,6 +226,8 @@ def _group(label: str, records: list[Record]) -> Group:
 def _outcomes(record: Record) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
     """The images, `(n,)`, and the share of right answers in each column and in the worst of them, `(columns + 1, n)`.
 
+    Of a random model a last row says whether every draw in every column was right.
+
     Which column is worst for an image is read off the draws that the attack chose by, and its share off fresh ones: the
     least of several noisy shares would be too low.
 
@@ -247,7 +253,10 @@ def _outcomes(record: Record) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
     counts = [place for place, column in enumerate(record.columns) if not column.diagnostic]
     chosen = np.array(counts)[selected[counts].argmin(0)]
     worst = shares[chosen, np.arange(len(images))]
-    return np.asarray(images, dtype=np.int64), np.vstack([shares, worst])
+    rows = [*shares, worst]
+    if record.model.draws > 1:
+        rows.append((shares[counts] == 1).all(0))
+    return np.asarray(images, dtype=np.int64), np.array(rows, dtype=np.float64)
 
 
 def _labels(alike: Sequence[Record]) -> list[str]:

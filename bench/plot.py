@@ -22,7 +22,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 from bench.errors import UsageError
-from bench.long import WORST_CASE, Group, Measured, groups
+from bench.long import WORST_CASE, WORST_DRAW, Group, Measured, groups
 from bench.record import atomic, read_all, safe
 from bench.stats import mean_std, wilson
 
@@ -143,14 +143,15 @@ def _line(group: Group, kind: str) -> _Line:
 
 def _swept(group: Group) -> _Line:
     """A defense under the strongest attack at each radius, an image that fell at a smaller one counted as fallen."""
-    radii = sorted({column.epsilon or 0.0 for column in group.columns if column.name != WORST_CASE})
+    derived = (WORST_CASE, WORST_DRAW)
+    radii = sorted({column.epsilon or 0.0 for column in group.columns if column.name not in derived})
     alone, running = [], []
     for shares in group.shares:
         at = [
             [
                 place
                 for place, c in enumerate(group.columns)
-                if (c.epsilon or 0.0) == eps and c.name != WORST_CASE
+                if (c.epsilon or 0.0) == eps and c.name not in derived
             ]
             for eps in radii
         ]

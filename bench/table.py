@@ -19,12 +19,14 @@ from bench import typeset
 from bench.compare import named, one, untestable
 from bench.errors import UnknownName, UsageError
 from bench.finding import Finding, verdict
-from bench.long import HEADER, WORST_CASE, Group, Measured, frame, groups, radius
+from bench.long import HEADER, WORST_CASE, WORST_DRAW, Group, Measured, frame, groups, radius
 from bench.protocol import ADAPTIVE
 from bench.record import read_all
 from bench.stats import holm, mcnemar
 from bench.typeset import MISSING, Block, Cell, Row
 
+#: columns that have no radius of their own
+DERIVED = ("clean", WORST_CASE, WORST_DRAW)
 FORMATS = ("text", "markdown", "latex", "csv")
 LAYOUTS = ("paper", "long")
 #: the protocol whose tables have the columns of Table 3
@@ -220,7 +222,7 @@ def _slots(alike: Sequence[Group]) -> list[_Slot]:
             columns = {name: column for name, column in columns.items() if name not in fits[:1]}
     else:
         columns[WORST_CASE] = worst
-    radii = {column.epsilon for column in columns.values() if column.attack not in ("clean", WORST_CASE)}
+    radii = {column.epsilon for column in columns.values() if column.attack not in DERIVED}
     headings = {name: _heading(column, len(radii) > 1) for name, column in columns.items()}
     for name, heading in headings.items():
         twice = list(headings.values()).count(heading) > 1
@@ -236,6 +238,8 @@ def _asked(column: Measured) -> tuple[str, float]:
 
 
 def _heading(column: Measured, name_radius: bool) -> tuple[str, str]:
+    if column.attack == WORST_DRAW:
+        return "", "worst draw"
     if column.attack in ("clean", WORST_CASE):
         return "", "SA" if column.attack == "clean" else "worst case"
     parts = [radius(column.epsilon)] if name_radius and column.epsilon is not None else []
@@ -366,7 +370,7 @@ def _caption(
     paper = alike[0].protocol == PAPER
     yield "SA: on clean images; " + ("RA: on attacked ones" if paper else "worst case: under every attack")
     iterated = [column for column in shown if column.steps is not None]
-    attacks = iterated if paper else [c for c in shown if c.attack not in ("clean", WORST_CASE)]
+    attacks = iterated if paper else [c for c in shown if c.attack not in DERIVED]
     radii = sorted({column.epsilon for column in attacks if column.epsilon is not None})
     sizes = sorted({column.step_size for column in iterated if column.step_size is not None})
     if radii:

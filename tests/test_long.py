@@ -9,7 +9,7 @@ from made_up import EPS, paper_columns, run
 
 from bench.errors import UsageError
 from bench.long import HEADER, groups, load_results, radius
-from bench.record import ColumnRecord, read_all
+from bench.record import ColumnRecord, Facts, read_all
 from bench.stats import wilson
 
 CLEAN = ColumnRecord(name="clean", attack="clean")
@@ -51,11 +51,13 @@ def test_of_a_random_model_an_image_counts_by_its_share_of_right_draws(tmp_path)
             table.loc[rows, "selected"] = np.float32(chosen_by[name])
         return table
 
-    run(tmp_path, columns=FEW, n=2, damage=drawn)
+    run(tmp_path, columns=FEW, n=2, damage=drawn, model=Facts(randomness="stochastic", draws=100))
     accuracy = load_results(tmp_path).set_index("attack").accuracy
     assert accuracy["fgsm"] == pytest.approx(75) and accuracy["pgd"] == pytest.approx(65)
     # fgsm is the worst for both by the draws that chose; what it is worth the fresh ones say
     assert accuracy["worst-case"] == pytest.approx(75)
+    # and no image is right in every draw
+    assert accuracy["worst-draw"] == 0
 
 
 def test_a_void_run_has_no_accuracy(tmp_path):

@@ -135,9 +135,16 @@ def test_a_random_model_is_attacked_with_twice_the_samples(model, fires):
 
 
 def test_an_unstable_landscape_only_informs():
-    found = probes.run(subject(zoo.ZOO["tanh saturated"].build(), steps=2), budget=200_000)
+    found = probes.run(subject(zoo.ZOO["tanh saturated"].build(), steps=2, eps=0.2), budget=20_000)
     (one,) = (finding for finding in found if finding.code == "unstable-landscape")
     assert one.severity == "informs"
+
+
+def test_a_handful_of_images_voids_no_run():
+    stuck = subject(zoo.ZOO["tanh saturated"].build(), steps=5)
+    for count, expected in ((probes.FEW - 1, False), (probes.FEW, True)):
+        few = dataclasses.replace(stuck.take(torch.arange(count)), cost=Cost())
+        assert ("unbounded-survives" in codes(probes.run(few, budget=200_000))) == expected
 
 
 def test_a_model_that_fails_away_from_the_data_is_reported_and_not_raised():
