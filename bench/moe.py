@@ -24,7 +24,8 @@ class RoutedModel(Protocol):
     """A mixture: `e` experts, a gate, and what it makes of them; `k` classes.
 
     A soft one answers with the mean of its experts' logits, weighed by the softmax of the scores; a hard one with the
-    logits of the selected expert alone.
+    logits of the selected expert alone. A soft one that has an attribute `mixes_probabilities`, and it is true, answers
+    with the logarithm of the mean of its experts' probabilities instead.
     """
 
     soft: bool

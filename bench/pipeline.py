@@ -24,6 +24,7 @@ from torch import nn
 
 from bench import checkpoint as checkpoints
 from bench import record as records
+from bench.attacks.stored import digest
 from bench.audit.contract import Contract, contract, is_random
 from bench.audit.gradients import gradient_checks
 from bench.audit.run import audit
@@ -247,6 +248,7 @@ def _columns(protocol: Protocol, session: Session, model: nn.Module) -> list[Col
         protocol.radius(data.eps, session.eps),
         kind,
         legacy=hasattr(model, "legacy_aims"),
+        certified=hasattr(model, "certificate"),
         random=_random(session, model),
         classes=len(data.classes),
     )
@@ -366,6 +368,11 @@ def _protocol(
     }
     if surrogates:
         stated["surrogates"] = {family: weights_hash(model) for family, model in surrogates.items()}
+    files = sorted(
+        {column.family.split(":", 1)[1] for column in columns if column.family.startswith("images:")}
+    )
+    if files:
+        stated["images"] = {file: digest(file) for file in files}
     libraries = _libraries(columns)
     if libraries:
         stated["libraries"] = libraries

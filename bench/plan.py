@@ -14,7 +14,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from bench.protocol import BOUND, Column
+from bench.protocol import BOUND, EXPERT_ATTACKED, Column
 
 #: the families whose passes are counted beforehand
 OURS = ("clean", "fgsm", "pgd", "8-bit")
@@ -94,8 +94,8 @@ def _computation(column: Column, random: bool) -> tuple[object, ...]:
         # an ensemble's components run in turn, each on what the one before left standing
         return (c.family, c.part_of or c.name)
     if c.family == "mixture":
-        # attacking each expert alone answers both what that does to the mixture and whether all experts hold
-        return (c.family, "per-expert" if c.name == BOUND else c.name)
+        # attacking each expert alone tells what that does to the mixture, to all experts, and to the one that was chosen
+        return (c.family, "per-expert" if c.name in (BOUND, EXPERT_ATTACKED) else c.name)
     return (c.family, c.name)
 
 

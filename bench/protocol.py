@@ -46,6 +46,7 @@ ATTACKS = {
     "autoattack": "APGD-CE, APGD-T, FAB-T and Square in turn (Croce and Hein 2020), by their authors' code",
     "8-bit": "what every other attack at the radius found, rounded to whole pixel levels inside the ball, and asked again",
     "transfer:": "pgd crafted on another trained defense, by its name",
+    "images:": "adversarial images from a file (.npz or .pt), in the dataset's order",
     "torchattacks:": "any attack of the torchattacks library, by its class name",
 }
 
@@ -56,6 +57,13 @@ HARD = ("frozen-gate", "soft-gate", "per-route", "all-experts", "sticky", "per-e
 SOFT = ("frozen-gate", "all-experts", "per-expert")
 #: the column that says which images every expert holds under its own attack
 BOUND = "every-expert"
+#: what is told of a hard mixture besides: the clean image's expert under its own attack, and the expert that an attack on
+#: the gate alone chooses, asked for the clean image (RA-E and RA-R of RT-ER's paper, arXiv 2504.19266)
+EXPERT_ATTACKED, ROUTER_ATTACKED = "expert-attacked", "router-attacked"
+#: the images that a mixture's own certificate covers
+CERTIFIED = "certified"
+#: none of these says how robust the deployed model is
+DIAGNOSTIC = (BOUND, EXPERT_ATTACKED, ROUTER_ATTACKED, CERTIFIED)
 #: AutoAttack's components as its authors compose them
 STANDARD = ("apgd-ce", "apgd-t", "fab-t", "square")
 #: what its authors run against random models
@@ -65,7 +73,7 @@ PLUS_RESTARTED = ("apgd-ce", "apgd-dlr", "fab")
 #: the column that rounds what the others found
 EIGHT_BIT = "8-bit"
 #: what `adaptive` may ask of a mixture and of nothing else
-ADAPTIVE = frozenset({*HARD, *SOFT, "legacy", BOUND})
+ADAPTIVE = frozenset({*HARD, *SOFT, "legacy", *DIAGNOSTIC})
 
 Mixture = Literal["hard", "soft"]
 
@@ -232,6 +240,7 @@ class Protocol(BaseModel):
         mixture: Mixture | None = None,
         legacy: bool = False,
         *,
+        certified: bool = False,
         random: bool = False,
         classes: int = 10,
     ) -> list[Column]:
@@ -241,6 +250,7 @@ class Protocol(BaseModel):
             radius: in pixel units.
             mixture: how the model routes, if it is a mixture; `adaptive` asks nothing of any other model.
             legacy: whether its authors' own loss is known.
+            certified: whether it tells a radius that it certifies.
             random: whether the model's answers differ from call to call; gradients are then means over several.
             classes: how many there are; targeted attacks need four.
 
@@ -252,7 +262,7 @@ class Protocol(BaseModel):
             if spec.attack == "clean":
                 continue
             if spec.attack == "adaptive":
-                columns += self._adaptive(spec, radius, mixture, legacy)
+                columns += self._adaptive(spec, radius, mixture, legacy, certified)
                 continue
             if spec.attack == "autoattack":
                 taken = {column.name for column in columns}
@@ -284,7 +294,7 @@ class Protocol(BaseModel):
         ]
 
     def _adaptive(
-        self, spec: ColumnSpec, radius: float, mixture: Mixture | None, legacy: bool
+        self, spec: ColumnSpec, radius: float, mixture: Mixture | None, legacy: bool, certified: bool
     ) -> list[Column]:
         if mixture is None:
             return []
@@ -292,9 +302,13 @@ class Protocol(BaseModel):
         one = self._column(
             spec, None, spec.steps if isinstance(spec.steps, int) else max(spec.steps or [1]), radius
         )
+        told: tuple[str, ...] = (BOUND,)
+        if mixture == "hard":
+            told += (EXPERT_ATTACKED, ROUTER_ATTACKED)
+        told += (CERTIFIED,) if certified and mixture == "soft" else ()
         return [
-            dataclasses.replace(one, name=name, attack=name, family="mixture", diagnostic=name == BOUND)
-            for name in (*known, BOUND)
+            dataclasses.replace(one, name=name, attack=name, family="mixture", diagnostic=name in DIAGNOSTIC)
+            for name in (*known, *told)
         ]
 
     def _ensemble(self, spec: ColumnSpec, radius: float, random: bool, classes: int) -> list[Column]:

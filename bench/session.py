@@ -122,6 +122,10 @@ def prepare(
                 from bench.attacks.torchattacks import attack_class
 
                 attack_class(column.family.split(":", 1)[1])
+            if column.family.startswith("images:"):
+                from bench.attacks.stored import stored
+
+                stored(column.family.split(":", 1)[1])
     if checkpoint is not None and len(kinds) > 1:
         raise UsageError(f"one checkpoint for {len(kinds)} defenses; give --defense one name")
     if weights not in (None, "best", "last"):

@@ -17,11 +17,13 @@ from bench.attacks.fgsm import sweep
 from bench.attacks.gradient import naming
 from bench.attacks.losses import LOSSES
 from bench.attacks.pgd import trajectory
+from bench.attacks.stored import stored
+from bench.errors import UsageError
 from bench.judge import Counted, Judge
 from bench.moe import Expert, RoutedModel
 from bench.outcome import Outcome
 from bench.plan import Program
-from bench.protocol import Column
+from bench.protocol import BOUND, CERTIFIED, EXPERT_ATTACKED, ROUTER_ATTACKED, Column
 from bench.rng import Rng
 from bench.threat import ThreatModel, threat_model
 from bench.types import Images, Labels, Model
@@ -71,12 +73,18 @@ class Trial:
             self._fgsm()
         elif family == "pgd":
             self._pgd()
+        elif self.program.first.name == ROUTER_ATTACKED:
+            self._router()
+        elif self.program.first.name == CERTIFIED:
+            self._certified()
         elif family == "mixture":
             self._mixture()
         elif family == "autoattack":
             self._autoattack()
         elif family.startswith("transfer:"):
             self._transfer()
+        elif family.startswith("images:"):
+            self._stored()
         else:
             self._torchattacks()
 
@@ -187,13 +195,14 @@ class Trial:
         assert self.mixture is not None
         column = next(c for c in self.program.columns if not c.diagnostic)
         outcome = self.outcomes[column.name]
-        bound = next((self.outcomes[c.name] for c in self.program.columns if c.diagnostic), None)
+        bound, chosen_alone = self.outcomes.get(BOUND), self.outcomes.get(EXPERT_ATTACKED)
         cost, classes = self.judge.cost, self.judge.classes
         experts = [Judge(Expert(self.mixture, k), classes, cost) for k in range(self.mixture.experts_count)]
         x, y = self.x, self.y
         if bound is not None:
             # an expert's errors are its own, whatever the mixture makes of them
-            bound.robust = torch.stack([expert(x, x, None) == y for expert in experts]).all(0)
+            alone = torch.stack([expert(x, x, None) == y for expert in experts])
+            bound.robust = alone.all(0)
             bound.restart = torch.where(bound.robust, -1, 0)
             bound.step = bound.restart.clone()
         threat = threat_model(column.norm, column.eps)
@@ -229,6 +238,7 @@ class Trial:
                         own = experts[expert](x_adv, x[at], threat)
                     if bound is not None:
                         bound.settle(at, own, y[at], restart, at_step, only_broken=True)
+                        alone[expert, at] &= own == y[at]
                     return own != y[at]
 
                 for aim in run.aims:
@@ -252,6 +262,52 @@ class Trial:
                         ((_, here),) = ends
                         witness(steps, torch.arange(len(rows), device=x.device), here)
                     done += steps
+
+        if chosen_alone is not None:
+            # only what the mixture has right is attacked; the expert is the one that the clean image is given to
+            with torch.no_grad():
+                route = self.mixture.selected(x)
+            chosen_alone.robust &= alone[route, torch.arange(len(x), device=x.device)]
+
+    def _router(self) -> None:
+        """The gate attacked alone; then the expert it chooses is asked for the clean image."""
+        assert self.mixture is not None
+        (column,) = self.program.columns
+        rows = self.standing([column])
+        if len(rows) == 0:
+            return
+        threat = threat_model(column.norm, column.eps)
+        x, everyone = self.x[rows], torch.arange(len(rows), device=self.x.device)
+        with torch.no_grad():
+            route = self.mixture.selected(x)
+        gate = Counted(self.mixture.gate, self.judge.cost, self.at_once)
+        ends = trajectory(
+            gate,
+            x,
+            route,
+            threat,
+            rng=self.starts(column.name, rows=rows),
+            milestones=[column.steps],
+            loss=LOSSES["margin"],
+            step_size=column.step_size,
+        )
+        with naming(rows):
+            ((step, x_adv),) = ends
+            self.judge(x_adv, x, threat)
+        with torch.no_grad():
+            then = self.mixture.selected(x_adv)
+            prediction = self.mixture.all_outputs(x)[everyone, then].argmax(1)
+        self.outcomes[column.name].settle(rows, prediction, self.y[rows], 0, step)
+
+    def _certified(self) -> None:
+        """Which correctly classified images lie further inside than the radius, by the mixture's own certificate."""
+        (column,) = self.program.columns
+        outcome = self.outcomes[column.name]
+        rows = outcome.robust.nonzero().flatten()
+        if len(rows):
+            radius = self.attacked.certificate(self.x[rows]).radius  # type: ignore[operator]
+            # nothing is broken by a certificate that does not reach so far: it only says nothing
+            outcome.robust[rows] = False if radius is None else radius >= column.eps
 
     def _autoattack(self) -> None:
         from bench.attacks.autoattack import component
@@ -299,6 +355,22 @@ class Trial:
             with naming(rows):
                 ((step, x_adv),) = runs
             self.enter([column], rows, x_adv, self.ask(x_adv, rows, threat), restart, step)
+
+    def _stored(self) -> None:
+        (column,) = self.program.columns
+        rows = self.standing([column])
+        if len(rows) == 0:
+            return
+        images = stored(column.family.split(":", 1)[1])
+        index = torch.from_numpy(self.index)[rows.cpu()]
+        if images.shape[1:] != self.x.shape[1:] or len(images) <= int(index.max()):
+            raise UsageError(
+                f"{column.family}: images {tuple(images.shape)} are not those of this dataset, {tuple(self.x.shape[1:])} each, "
+                f"{int(index.max()) + 1} at least"
+            )
+        x_adv = images[index].to(self.x.device)
+        threat = threat_model(column.norm, column.eps)
+        self.enter([column], rows, x_adv, self.ask(x_adv, rows, threat), 0, -1)
 
     def _torchattacks(self) -> None:
         from bench.attacks.torchattacks import from_torchattacks

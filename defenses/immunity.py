@@ -261,6 +261,7 @@ class Mixture(Enumerable):
     """
 
     soft = True
+    mixes_probabilities = True
 
     def gate(self, x: Images) -> Tensor:
         """Scores `(b, e)`, before any permutation."""

@@ -78,6 +78,7 @@ class Dual(nn.Module):
         self.mix = config.mix
         self.alpha = config.alpha if config.deployed_alpha is None else config.deployed_alpha
         self.soft = self.robust.soft
+        self.mixes_probabilities = self.soft and config.mix == "probabilities"
         self.experts_count = 2 * config.experts if self.soft else config.experts**2
 
     def forward(self, x: Images) -> Logits:

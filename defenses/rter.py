@@ -79,10 +79,10 @@ from bench.defense import Defense, Stage, follow
 from bench.divergence import kl
 from bench.errors import CheckpointError, NonFinite, UsageError
 from bench.model import Normalize, evaluating
-from bench.moe import GROUPED_PIXELS, Expert, Experts, RoutedModel
+from bench.moe import GROUPED_PIXELS, Experts
 from bench.registry import register
 from bench.rng import Rng
-from bench.threat import Linf, ThreatModel
+from bench.threat import Linf
 from bench.types import Images, Labels, Logits
 
 #: a mixture has a best expert and a second best one
@@ -141,7 +141,7 @@ class MoE(nn.Module):
 
     def __init__(self, config: Config, data: Dataset) -> None:
         super().__init__()
-        self.soft = config.router == "soft"
+        self.soft = self.mixes_probabilities = config.router == "soft"
         self.straight_through = config.router == "st"
         self.experts_count = config.experts
         channels, *side = data.shape
@@ -452,63 +452,3 @@ def cyclic(step: int, c: Config) -> float:
     """The rate at a step: from `low_lr` to `lr` and back, straight lines of `half_cycle` steps."""
     phase = step / c.half_cycle % 2
     return c.low_lr + (c.lr - c.low_lr) * (1 - abs(phase - 1))
-
-
-def ra_e(
-    model: RoutedModel,
-    x: Images,
-    y: Labels,
-    threat: ThreatModel,
-    *,
-    rng: Rng,
-    steps: int = 50,
-    step_size: float | None = None,
-) -> Tensor:
-    """RA-E, the experts attacked: is the clean image's expert right on what PGD finds against it? Bool `(b,)`.
-
-    Raises:
-        UsageError: the mixture is soft.
-    """
-    route = _route(model, x)
-    robust = torch.zeros_like(route, dtype=torch.bool)
-    for k in range(model.experts_count):
-        rows = route == k
-        if rows.any():
-            expert = Expert(model, k)
-            x_adv = pgd(
-                expert, x[rows], y[rows], threat, rng=rng.take(rows), steps=steps, step_size=step_size
-            )
-            with torch.no_grad():
-                robust[rows] = expert(x_adv).argmax(1) == y[rows]
-    return robust
-
-
-def ra_r(
-    model: RoutedModel,
-    x: Images,
-    y: Labels,
-    threat: ThreatModel,
-    *,
-    rng: Rng,
-    steps: int = 50,
-    step_size: float | None = None,
-) -> tuple[Tensor, Tensor]:
-    """RA-R, the router attacked: PGD turns the route away from that of the clean image, labels unseen.
-
-    Is the expert that is then chosen right on the clean image, and is the mixture right on the image found? Both bool `(b,)`.
-
-    Raises:
-        UsageError: the mixture is soft.
-    """
-    x_adv = pgd(model.gate, x, _route(model, x), threat, rng=rng, steps=steps, step_size=step_size)
-    with torch.no_grad():
-        turned = model.selected(x_adv)
-        here, there = (pick(model.all_outputs(images), turned) for images in (x, x_adv))
-    return here.argmax(1) == y, there.argmax(1) == y
-
-
-def _route(model: RoutedModel, x: Images) -> Tensor:
-    if model.soft:
-        raise UsageError("RA-E and RA-R follow a route, and a soft mixture has none; use --protocol adaptive")
-    with torch.no_grad():
-        return model.selected(x)

@@ -8,7 +8,9 @@ from routed_toys import RouteToy
 from selection_toys import SelectionToy
 from torch import nn
 
+from bench import protocol as protocols
 from bench.attacks import mixture as mixtures
+from bench.certify import Certificate
 from bench.data import Split
 from bench.evaluate import Evaluator
 from bench.moe import as_mixture
@@ -165,3 +167,49 @@ def test_on_the_route_toy_pgd_reports_all_and_the_route_attack_none():
     assert robust["pgd-40"].all() and robust["pgd-40-margin"].all() and robust["frozen-gate"].all()
     assert not robust["per-route"].any() and not robust["soft-gate"].any()
     assert not robust[BOUND].any()
+
+
+def test_an_attacked_expert_and_an_attacked_router_are_told_apart_and_count_for_no_worst_case():
+    """On the toy the expert that runs is right by far, and whoever turns the route finds one that is always wrong."""
+    toy = RouteToy(gain=10)
+    for eps, router_holds in ((0.05, True), (0.1, False)):
+        robust, columns, _ = scene(toy, toy.images(), eps, steps=40)
+        assert robust["expert-attacked"].all()
+        assert (
+            robust["router-attacked"].all() == router_holds
+            and robust["router-attacked"].any() == router_holds
+        )
+    assert all(c.diagnostic for c in columns if c.name in ("expert-attacked", "router-attacked"))
+
+
+def test_a_soft_mixture_is_asked_neither():
+    names = [c.name for c in protocols.load("adaptive").columns(0.1, "soft")]
+    assert "expert-attacked" not in names and "router-attacked" not in names and "every-expert" in names
+
+
+def test_a_certificate_covers_the_images_that_lie_deeper_than_the_radius():
+    class Certified(Blend):
+        def certificate(self, x):
+            return Certificate(torch.linspace(0.0, 0.1, len(x)), "made up")
+
+    model = Certified(True).eval()
+    columns = Protocol.model_validate({"name": "t", "column": [{"attack": "adaptive", "steps": 2}]}).columns(
+        0.05, "soft", certified=True
+    )
+    x = points(24)
+    split = Split(
+        (x * 255).round().to(torch.uint8).permute(0, 2, 3, 1).contiguous().numpy(), model(x).argmax(1).numpy()
+    )
+    one = Evaluator(model, classes=model(x).shape[1], split=split, seed=0, success="any")
+    found = one.run(plan(columns), np.arange(24)).outcomes["certified"]
+    assert torch.equal(found.robust, torch.linspace(0.0, 0.1, 24) >= 0.05)
+
+
+@pytest.mark.parametrize("probabilities", [False, True])
+def test_a_frozen_gate_attack_sees_what_the_mixture_answers(probabilities):
+    model, x = Blend(True).eval(), points(6)
+    model.mixes_probabilities = probabilities
+    weights, outputs = model.gate(x).softmax(1), model.all_outputs(x)
+    mean = torch.einsum("be,bek->bk", weights, outputs.softmax(2)).log() if probabilities else model(x)
+    found = mixtures.frozen_gate(model, mixtures.margin).output(x)
+    torch.testing.assert_close(found, mean, atol=1e-4, rtol=1e-4)

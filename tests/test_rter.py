@@ -5,7 +5,6 @@ import copy
 import pytest
 import torch
 from learnable import dataset
-from routed_toys import RouteToy
 from safetensors.torch import save_file
 from torch import nn
 from torch.nn import functional as F
@@ -35,8 +34,6 @@ from defenses.rter import (
     cyclic,
     objective,
     pick,
-    ra_e,
-    ra_r,
     resnet_slope,
 )
 
@@ -335,45 +332,7 @@ def test_the_published_recipe_is_adams_and_the_others_are_sgds():
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# RA-E, RA-R and attacks along routes
-
-
-def test_whoever_attacks_the_chosen_expert_finds_the_toy_robust_and_whoever_attacks_the_router_broken():
-    toy = RouteToy(gain=10)
-    x = toy.images()
-    y = toy.labels(x)
-    assert ra_e(toy, x, y, Linf(0.09), rng=HERE).all()
-    clean_experts, whole = ra_r(toy, x, y, Linf(0.09), rng=HERE)
-    assert not clean_experts.any() and not whole.any()
-
-
-def test_a_route_that_cannot_be_turned_leaves_the_router_robust():
-    toy = RouteToy(gain=10)
-    x = toy.images()
-    clean_experts, whole = ra_r(toy, x, toy.labels(x), Linf(0.05), rng=HERE)
-    assert clean_experts.all() and whole.all()
-
-
-def test_an_attacked_expert_is_judged_by_itself_and_an_attacked_router_by_what_it_then_chooses():
-    model, (x, y) = mixture().requires_grad_(False), batch(30)
-    route, threat = model.selected(x), Linf(0.2)
-    robust = ra_e(model, x, y, threat, rng=HERE, steps=3)
-    for k in range(4):
-        rows = route == k
-        x_adv = pgd(lambda z, k=k: model.all_outputs(z)[:, k], x[rows], y[rows], threat, rng=HERE, steps=3)
-        assert torch.equal(robust[rows], model.all_outputs(x_adv)[:, k].argmax(1) == y[rows])
-    on_clean, whole = ra_r(model, x, y, threat, rng=HERE, steps=3)
-    x_adv = pgd(model.gate, x, route, threat, rng=HERE, steps=3)
-    assert (model.selected(x_adv) != route).any()
-    assert torch.equal(on_clean, pick(model.all_outputs(x), model.selected(x_adv)).argmax(1) == y)
-    assert torch.equal(whole, model(x_adv).argmax(1) == y)
-
-
-def test_a_soft_mixture_has_no_route_to_attack():
-    model, (x, y) = mixture(router="soft"), batch(6)
-    for metric in (ra_e, ra_r):
-        with pytest.raises(UsageError, match="a soft mixture has none"):
-            metric(model, x, y, THREAT, rng=HERE, steps=1)
+# attacks along routes
 
 
 def test_along_the_routes_a_weak_expert_is_found_exactly_where_the_route_can_be_turned_to_it():

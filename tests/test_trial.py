@@ -7,7 +7,8 @@ from oracles import Hyperplane, dataset, points
 from torch import nn
 
 from bench import protocol as protocols
-from bench.errors import VoidRun
+from bench.attacks.stored import stored
+from bench.errors import UsageError, VoidRun
 from bench.evaluate import Evaluator
 from bench.plan import plan
 from bench.protocol import Protocol
@@ -186,3 +187,60 @@ def test_standard_is_survivors_only_and_ends_with_the_names_it_promises():
     ]
     assert all(c.survivors for c in asked[1:]) and not asked[0].survivors
     assert [c.name for c in asked if c.part_of == "autoattack"] == ["apgd-ce", "apgd-t", "fab-t", "square"]
+
+
+def worst_corner(eps):
+    """Images that break whatever can be broken within the radius."""
+    model, x = Hyperplane(), points()
+    side = torch.where(model.labels(x) == 0, -1.0, 1.0)[:, None, None, None]
+    return (x + side * eps * model.w.detach().sign()).clamp(0, 1)
+
+
+@pytest.mark.parametrize("form", ["npz floats", "npz bytes", "pt tensor", "pt pair"])
+def test_stored_images_are_judged_like_any_others(form, tmp_path):
+    eps = 6 / 255
+    x_adv = worst_corner(eps)
+    file = tmp_path / f"found.{form[:3].strip()}"
+    if form == "npz floats":
+        np.savez(file, x_adv=x_adv.numpy())
+    elif form == "npz bytes":
+        np.savez(file, images=(x_adv * 255).round().to(torch.uint8).permute(0, 2, 3, 1).numpy())
+    else:
+        torch.save(x_adv if form == "pt tensor" else (x_adv, torch.zeros(24)), file)
+    asked = columns({"attack": f"images:{file}"}, eps=eps)
+    found = outcomes(Hyperplane(), dataset(), asked).outcomes[f"images:{file}"]
+    assert torch.equal(found.robust, Hyperplane().margin(points()) > eps)
+
+
+def test_stored_images_that_leave_the_ball_void_the_run(tmp_path):
+    torch.save(worst_corner(0.05), tmp_path / "far.pt")
+    asked = columns({"attack": f"images:{tmp_path / 'far.pt'}"}, eps=0.04)
+    with pytest.raises(VoidRun, match="leaves the ball"):
+        outcomes(Hyperplane(), dataset(), asked)
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        (None, "no file"),
+        (b"junk", "holds no images that can be read"),
+        ({"a": 1}, "holds no batch of images"),
+        (torch.zeros(3, 4), r"got \(3, 4\)"),
+        (torch.zeros(2, 3, 4, 4, dtype=torch.int64), "must be uint8 or floats"),
+    ],
+)
+def test_a_file_that_holds_no_images_is_refused_in_one_line(content, said, tmp_path):
+    file = tmp_path / "x.pt"
+    if isinstance(content, bytes):
+        file.write_bytes(content)
+    elif content is not None:
+        torch.save(content, file)
+    with pytest.raises(UsageError, match=said) as caught:
+        stored(file)
+    assert "\n" not in str(caught.value)
+
+
+def test_too_few_stored_images_or_of_another_size_are_refused(tmp_path):
+    torch.save(worst_corner(0.01)[:5], tmp_path / "few.pt")
+    with pytest.raises(UsageError, match="are not those of this dataset"):
+        outcomes(Hyperplane(), dataset(), columns({"attack": f"images:{tmp_path / 'few.pt'}"}, eps=0.04))

@@ -104,7 +104,7 @@ def frozen_gate(model: RoutedModel, loss: AttackLoss) -> Aim:
     def output(x: Images) -> Tensor:
         with torch.no_grad():
             weights = deployed_weights(model, x)
-        return torch.einsum("be,bek->bk", weights, model.all_outputs(x))
+        return mixed(model, weights, model.all_outputs(x))
 
     return Aim(output, loss, _errs)
 
@@ -153,7 +153,7 @@ def all_experts(model: RoutedModel, how: str) -> Aim:
     def output(x: Images) -> Tensor:
         outputs = model.all_outputs(x)
         with torch.no_grad():
-            deployed = torch.einsum("be,bek->bk", deployed_weights(model, x), outputs)
+            deployed = mixed(model, deployed_weights(model, x), outputs)
         return torch.cat([outputs.flatten(1), deployed], 1)
 
     def loss(found: Tensor, y: Labels) -> Tensor:
@@ -178,6 +178,13 @@ def deployed_weights(model: RoutedModel, x: Images) -> Tensor:
     if model.soft:
         return model.gate(x).softmax(1)
     return F.one_hot(model.selected(x), model.experts_count).to(x.dtype)
+
+
+def mixed(model: RoutedModel, weights: Tensor, outputs: Tensor) -> Tensor:
+    """What a mixture makes of its experts' logits `(b, e, k)` under these weights `(b, e)`: `(b, k)`."""
+    if model.soft and getattr(model, "mixes_probabilities", False):
+        return torch.logsumexp(weights.clamp_min(1e-30).log()[:, :, None] + outputs.log_softmax(2), 1)
+    return torch.einsum("be,bek->bk", weights, outputs)
 
 
 def gate_margin(scores: Tensor, k: int) -> Tensor:
