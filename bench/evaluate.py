@@ -209,30 +209,28 @@ class Evaluator:
         if first.family == EIGHT_BIT:
             self._eight_bit(first.norm, first.eps, judge, x, y, outcomes[first.name], found)
             return
-        surrogate = self.surrogates.get(first.family)
         trial = (RandomTrial if self.random else Trial)(
-            program,
-            judge,
-            self.attacked,
-            self.gradient_model,
-            x,
-            y,
-            batch.index,
-            {},
-            self.seed,
-            self.success,
-            self.at_once,
-            self.mixture,
-            surrogate,
-            found,
-            radius,
+            program=program,
+            judge=judge,
+            attacked=self.attacked,
+            quick=self.gradient_model,
+            x=x,
+            y=y,
+            index=batch.index,
+            outcomes={column.name: outcomes[column.name] for column in program.columns},
+            seed=self.seed,
+            success=self.success,
+            at_once=self.at_once,
+            mixture=self.mixture,
+            surrogate=self.surrogates.get(first.family),
+            found=found,
+            radius=radius,
         )
         if any(column.survivors for column in program.columns) and not self.random:
             earlier = standing_so_far(batch, program)
             for column in program.columns:
                 if column.survivors:
                     outcomes[column.name].after(earlier, right)
-        trial.outcomes = {column.name: outcomes[column.name] for column in program.columns}
         trial.run()
 
     def _eight_bit(

@@ -286,9 +286,11 @@ class Protocol(BaseModel):
                 for column in columns
             ]
         shown_all = ("clean", EIGHT_BIT)
+        # of a random model no image ever counts as fallen for good
+        survivors = self.survivors and not random
         return [
             dataclasses.replace(
-                column, survivors=self.survivors and column.family not in shown_all and not column.diagnostic
+                column, survivors=survivors and column.family not in shown_all and not column.diagnostic
             )
             for column in columns
         ]

@@ -304,7 +304,7 @@ class ADVMoE(Defense[Config]):
     """ADVMoE: a router, one pathway an image, alternating TRADES updates (ICCV 2023)."""
 
     recipes = {
-        "tiny": Config(width=12, router_width=4, router_blocks=1, epochs=12, batch_size=32, lr=0.03),
+        "tiny": Config(width=12, router_width=4, router_blocks=1, epochs=12, batch_size=64, lr=0.03),
         "fast": Config(epochs=30),
         "paper": Config(),
     }

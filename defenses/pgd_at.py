@@ -55,7 +55,7 @@ class PGDAT(Defense[Config]):
     """ResNet-18 trained on the images that PGD finds."""
 
     recipes = {
-        "tiny": Config(width=8, epochs=30, steps=4),
+        "tiny": Config(width=8, epochs=30, steps=7, lr=0.05),
         "fast": Config(epochs=30),
         "paper": Config(half_batch=True),
     }

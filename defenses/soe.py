@@ -193,7 +193,7 @@ class SoE(Defense[Config]):
     """Synergy-of-Experts: three whole networks, of which the most confident answers."""
 
     recipes = {
-        "tiny": Config(width=8, epochs=12, steps=4),
+        "tiny": Config(width=8, epochs=12, steps=4, lr=0.03),
         "fast": Config(epochs=30),
         "paper": Config(),
     }

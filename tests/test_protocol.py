@@ -146,6 +146,7 @@ def test_on_a_random_model_autoattack_is_its_rand_version_and_gradients_are_mean
     columns = protocols.load("standard").columns(0.1, random=True)
     assert columns[-1].attack == "aa-like:rand" and columns[-1].settings["eot"] == 20
     assert {c.eot for c in columns if c.family == "pgd"} == {20}
+    assert not any(c.survivors for c in columns)
 
 
 @pytest.mark.parametrize(
