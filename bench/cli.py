@@ -326,14 +326,24 @@ def train(**shared: Any) -> None:
 @click.option(
     "--compare-to", metavar="DEFENSE", help="Mark what differs from this row on the same images (McNemar)."
 )
+@click.option("--per-class", is_flag=True, help="A column for each class, and the worst one.")
+@click.option("--cost", is_flag=True, help="What each training cost, the cheapest first.")
 @click.option("--json", "as_json", is_flag=True, help="The long table as JSON.")
 def table(
-    results: Path, format_: str, layout: str, published: bool, compare_to: str | None, as_json: bool
+    results: Path,
+    format_: str,
+    layout: str,
+    published: bool,
+    compare_to: str | None,
+    per_class: bool,
+    cost: bool,
+    as_json: bool,
 ) -> None:
     """Print what was measured."""
     if as_json:
-        if compare_to is not None:
-            raise UsageError("--json has no place for --compare-to; take a format of the paper's layout")
+        for option, given in (("--compare-to", compare_to), ("--per-class", per_class), ("--cost", cost)):
+            if given:
+                raise UsageError(f"--json has no place for {option}; take a format of the paper's layout")
         from bench.long import load_results
 
         click.echo(load_results(results).to_json(orient="records", indent=2))
@@ -346,6 +356,8 @@ def table(
         layout=layout,
         published=published,
         compare_to=compare_to,
+        per_class=per_class,
+        cost=cost,
         color=sys.stdout.isatty(),
     )
     click.echo(text.rstrip("\n"))
@@ -416,11 +428,73 @@ def power(
 @click.option(
     "--out", type=click.Path(path_type=Path), help="Where to. [default: figures/ in the results folder]"
 )
-def plot(results: Path, out: Path | None) -> None:
-    """Draw robust accuracy against FGSM's radius and against PGD's steps, as PNG, PDF and CSV."""
-    from bench.plot import figures
+@click.option(
+    "--tradeoff",
+    is_flag=True,
+    help="Clean against worst-case accuracy as a knob of the deployed model is turned.",
+)
+@click.option("--heatmaps", metavar="DEFENSE", help="Where each expert of a trained mixture looks: Grad-CAM.")
+@click.option("--dataset", help="With --heatmaps: whose images. [default: digits]")
+@click.option(
+    "--samples", type=int, metavar="N", help="With --heatmaps: the first N test images. [default: 6]"
+)
+@click.option(
+    "--checkpoint", metavar="PATH|hf_hub:NAME|URL", help="With --heatmaps: weights in place of training's."
+)
+@click.option(
+    "--weights", type=click.Choice(["best", "last"]), help="With --heatmaps: of which epoch. [default: best]"
+)
+@click.option("--recipe", type=click.Choice(["tiny", "fast", "paper"]), help="With --heatmaps: as trained.")
+@click.option("--set", "settings", multiple=True, metavar="KEY=VALUE", help="With --heatmaps: as trained.")
+@click.option("--seed", type=int, help="With --heatmaps: as trained. [default: 0]")
+@click.option("--device", metavar="auto|cpu|cuda[:i]", help="With --heatmaps. [default: auto]")
+@click.option("--data-dir", type=click.Path(path_type=Path), help="With --heatmaps: where the images are.")
+@click.option(
+    "--plugin", type=click.Path(path_type=Path), metavar="FILE.py", help="A file that registers defenses."
+)
+def plot(
+    results: Path,
+    out: Path | None,
+    tradeoff: bool,
+    heatmaps: str | None,
+    settings: tuple[str, ...],
+    plugin: Path | None,
+    **asked: Any,
+) -> None:
+    """Draw robust accuracy against FGSM's radius and against PGD's steps, as PNG, PDF and CSV.
 
-    for path in figures(results, out or results / "figures"):
+    Or, with --tradeoff, against clean accuracy; or, with --heatmaps, what the experts look at.
+    """
+    from bench import plot as plots
+    from bench import registry
+
+    given = {name: value for name, value in asked.items() if value is not None}
+    if heatmaps is None and (given or settings):
+        options = ", ".join(
+            "--" + name.replace("_", "-") for name in [*given, *(["set"] if settings else [])]
+        )
+        raise UsageError(f"{options} belong(s) to --heatmaps; give it a defense, such as --heatmaps immunity")
+    if heatmaps is not None and tradeoff:
+        raise UsageError("--tradeoff and --heatmaps are two figures; ask for one at a time")
+    where = out or results / "figures"
+    if heatmaps is not None:
+        from bench.heatmaps import figure
+        from bench.session import prepare
+
+        session = prepare(
+            [heatmaps],
+            settings=dict(_setting(text) for text in settings),
+            plugin=plugin,
+            results=results,
+            say=_say,
+            **given,
+        )
+        drawn = figure(session, where)
+    else:
+        if plugin is not None:
+            registry.load_plugin(plugin)
+        drawn = (plots.tradeoff if tradeoff else plots.figures)(results, where)
+    for path in drawn:
         click.echo(path)
 
 

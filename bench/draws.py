@@ -98,5 +98,5 @@ class RandomTrial(Trial):
         outcome.prediction = answer
         outcome.restart[outcome.robust] = outcome.step[outcome.robust] = -1
         if self.found is not None and column.eps == self.radius:
-            worse = outcome.share < 1
-            self.found[worse] = x_adv[worse]
+            everyone = torch.arange(len(self.x), device=self.x.device)
+            self.found.keep(everyone, x_adv, outcome.selected < 0.5)

@@ -28,9 +28,10 @@ from bench.model import LogProbabilities
 from bench.moe import as_mixture
 from bench.outcome import Batch, Outcome
 from bench.plan import Program
-from bench.protocol import EIGHT_BIT
+from bench.protocol import EIGHT_BIT, Column
+from bench.rng import Rng
 from bench.threat import threat_model
-from bench.trial import Trial, rounded
+from bench.trial import Found, Trial, rounded
 from bench.types import Images, Labels, Model
 
 #: how many pixels a CPU takes gradients of in one pass
@@ -80,7 +81,9 @@ class Evaluator:
         h, w = split.images.shape[1:3]
         self.at_once = max(1, PIXELS_AT_ONCE // (h * w)) if self.device.type == "cpu" else None
         self.mixture = as_mixture(self.model)
-        x, y = split.batch(slice(0, REPEATED), self.device)
+        # any of them: a model must not know which images will be looked at
+        self._asked_twice = np.sort(Rng(seed, "contract").permutation(len(split)).numpy()[:REPEATED])
+        x, y = split.batch(self._asked_twice, self.device)
         judge = Judge(self.model, classes, Cost())
         with exact_arithmetic(), before_any_attack(), seeded((seed, "probe"), 0, self.device):
             self._first = judge.logits(x, x, None)
@@ -119,13 +122,13 @@ class Evaluator:
             )
         if self.random:
             return
-        x, _ = self.split.batch(slice(0, REPEATED), self.device)
+        x, _ = self.split.batch(self._asked_twice, self.device)
         with exact_arithmetic():
             again = Judge(self.model, self.classes, Cost()).logits(x.flip(0), x.flip(0), None).flip(0)
         difference = float((again - self._first).abs().max() / self._first.abs().max().clamp_min(1e-12))
         if difference > SAME:
             raise VoidRun(
-                f"asked again after the attacks, the model answers the first images differently (by {difference:.2g} of its "
+                f"asked again after the attacks, the model answers the same images differently (by {difference:.2g} of its "
                 "largest logit); what it says must depend on the image alone",
                 code="stateful",
             )
@@ -168,11 +171,10 @@ class Evaluator:
         """
         x, y = self.split.batch(index, self.device)
         columns = [column for program in programs for column in program.columns]
-        diagnostics = frozenset(column.name for column in columns if column.diagnostic)
-        batch = Batch(index, y.cpu().numpy(), diagnostics=diagnostics)
+        batch = Batch(index, y.cpu().numpy(), columns={column.name: column for column in columns})
         radius = next((column.eps for column in columns if column.family == EIGHT_BIT), None)
         # the images found at the radius, for whoever wants them rounded
-        found = None if radius is None else x.clone()
+        found = None if radius is None else Found(x)
         with exact_arithmetic():
             for program in sorted(programs, key=lambda program: program.first.family == EIGHT_BIT):
                 cost, started = Cost(), time.perf_counter()
@@ -194,7 +196,7 @@ class Evaluator:
         x: Images,
         y: Labels,
         batch: Batch,
-        found: Images | None,
+        found: Found | None,
         radius: float,
     ) -> None:
         first, outcomes = program.first, batch.outcomes
@@ -227,10 +229,9 @@ class Evaluator:
             radius=radius,
         )
         if any(column.survivors for column in program.columns) and not self.random:
-            earlier = standing_so_far(batch, program)
             for column in program.columns:
                 if column.survivors:
-                    outcomes[column.name].after(earlier, right)
+                    outcomes[column.name].after(standing_so_far(batch, program, column), right)
         trial.run()
 
     def _eight_bit(
@@ -241,17 +242,17 @@ class Evaluator:
         x: Images,
         y: Labels,
         outcome: Outcome,
-        found: Images | None,
+        found: Found | None,
     ) -> None:
         assert found is not None
         threat = threat_model(norm, eps)
         if self.random:
-            outcome.__dict__.update(score(judge, rounded(found, x, threat), x, y, threat).__dict__)
+            outcome.__dict__.update(score(judge, rounded(found.images, x, threat), x, y, threat).__dict__)
             return
         for away in (False, True):
             rows = outcome.robust.nonzero().flatten()
             if len(rows):
-                levels = rounded(found[rows], x[rows], threat, away=away)
+                levels = rounded(found.images[rows], x[rows], threat, away=away)
                 outcome.settle(rows, judge(levels, x[rows], threat), y[rows], 0, -1)
 
 
@@ -259,13 +260,14 @@ def _of(prediction: Tensor, y: Labels) -> Outcome:
     return Outcome.of(prediction, prediction == y)
 
 
-def standing_so_far(batch: Batch, program: Program) -> Outcome:
-    """What all earlier programs together left: robust where none of their columns broke the image."""
-    own = {column.name for column in program.columns}
+def standing_so_far(batch: Batch, program: Program, column: Column) -> Outcome:
+    """What earlier programs left standing at this column's radius: what fell in a larger ball may stand in a smaller one."""
+    own = {one.name for one in program.columns}
     so_far = batch.outcomes["clean"]
     together = Outcome(so_far.prediction.clone(), so_far.robust.clone(), so_far.restart, so_far.step)
     for name, outcome in batch.outcomes.items():
-        if name not in own and name not in batch.diagnostics:
+        other = batch.columns[name]
+        if name not in own and not other.diagnostic and other.eps <= column.eps:
             fell = together.robust & ~outcome.robust
             together.prediction[fell] = outcome.prediction[fell]
             together.robust &= outcome.robust

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from bench.judge import Cost
+from bench.protocol import Column
 from bench.types import Labels
 
 
@@ -73,5 +74,5 @@ class Batch:
     labels: np.ndarray
     outcomes: dict[str, Outcome] = field(default_factory=dict)
     costs: dict[str, Cost] = field(default_factory=dict)
-    diagnostics: frozenset[str] = frozenset()
-    """columns that do not speak of the deployed model"""
+    columns: dict[str, Column] = field(default_factory=dict)
+    """what was asked, by name"""

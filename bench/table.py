@@ -1,27 +1,23 @@
-"""Groups to tables: the layout of the DWF paper's Table 3, or the long table with a row per column.
-
-Defenses stand in one block only if they were asked the same of the same images.
-"""
+"""Groups to tables: the layout of the DWF paper's Table 3, or the long table with a row per column."""
 
 from __future__ import annotations
 
-import json
 import math
-import textwrap
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from bench import published as printed
 from bench import typeset
+from bench.block import Notes, cautions, doubt, remarks, set_off_best, shared, title, together
 from bench.compare import named, one, untestable
 from bench.errors import UnknownName, UsageError
-from bench.finding import Finding, verdict
 from bench.long import HEADER, WORST_CASE, WORST_DRAW, Group, Measured, frame, groups, radius
-from bench.protocol import ADAPTIVE
-from bench.record import read_all
+from bench.per_class import block as classes
+from bench.record import read_all, read_void
 from bench.stats import holm, mcnemar
 from bench.typeset import MISSING, Block, Cell, Row
 
@@ -31,6 +27,14 @@ FORMATS = ("text", "markdown", "latex", "csv")
 LAYOUTS = ("paper", "long")
 #: the protocol whose tables have the columns of Table 3
 PAPER = "dwf-paper"
+
+#: the columns that say what a training cost
+COST = (("training", "passes"), ("training", "G multiply-adds"), ("training", "seconds"), ("", "parameters"))
+COST_SAYS = (
+    "Passes: forward-backward passes of the whole training per image learnt from, crafting included; "
+    "G multiply-adds: passes × multiply-adds of one forward pass, in billions (1e9) per image learnt from; "
+    "rows are in the order of these, a training whose cost is unknown last"
+)
 
 #: how values are compared
 _TEST = "exact McNemar test on the same images, Holm over all comparisons, 5 %"
@@ -52,30 +56,53 @@ def render(
     layout: str = "paper",
     published: bool = False,
     compare_to: str | None = None,
+    per_class: bool = False,
+    cost: bool = False,
     color: bool = False,
 ) -> str:
     """The finished runs of a results folder as a table, ending in a newline.
+
+    In text and Markdown a line below the tables names each run that is void and so has no record.
 
     Args:
         results: the folder.
         format: `text`, `markdown`, `latex` or `csv`.
         layout: `paper`, as the DWF paper's Table 3, or `long`, one row per run and column.
-        published: whether rows of published numbers are added; the long layout has none.
+        published: whether rows of published numbers are added; the long layout and classes have none.
         compare_to: the defense that every other row is tested against on the same images, in the paper's layout.
+        per_class: whether the columns are the classes, as in `bench.per_class`, and not the attacks.
+        cost: whether columns say what the training cost and rows stand in its order, in the paper's layout.
         color: whether text may use the terminal's bold and faint.
 
     Raises:
-        UsageError: no such format, layout or folder; no finished runs; or a damaged one; nothing to compare in this
-            layout, or several rows of the defense that is compared to.
+        UsageError: no such format, layout or folder; no finished runs; or a damaged one; options that exclude each
+            other, or several rows of the defense that is compared to.
         UnknownName: no row of that defense.
     """
-    _check(format, layout)
-    found = groups(read_all(Path(results)))
-    if not found:
-        raise UsageError(f"no finished runs in {str(results)!r}; `bench run` makes some")
-    return render_groups(
-        found, format=format, layout=layout, published=published, compare_to=compare_to, color=color
-    )
+    asked: dict[str, Any] = {
+        "published": published,
+        "compare_to": compare_to,
+        "per_class": per_class,
+        "cost": cost,
+    }
+    _check(format, layout, asked)
+    found, without = groups(read_all(Path(results))), list(_voids(Path(results)))
+    if not found and not (without and format in typeset.BELOW):
+        void = f" but {len(without)} void, which `bench table` lists" if without else ""
+        raise UsageError(f"no finished runs in {str(results)!r}{void}; `bench run` makes some")
+    parts = [_rendered(found, format, layout, color, **asked)] if found else []
+    if without and format in typeset.BELOW:
+        parts.append(typeset.BELOW[format](without))
+    return "\n".join(parts)
+
+
+def _voids(results: Path) -> Iterable[str]:
+    """A line for each run that is void and has no record."""
+    for file in sorted((results / "runs").glob("*/*/*/void.json")):
+        void = read_void(file.parent)
+        if void is not None and not (file.parent / "record.json").exists():
+            why = "; ".join(str(finding) for finding in void.findings if finding.severity == "blocks")
+            yield " ".join(f"void: {'/'.join(file.parts[-4:-1])}: {why}".split())
 
 
 def render_groups(
@@ -85,26 +112,47 @@ def render_groups(
     layout: str = "paper",
     published: bool = False,
     compare_to: str | None = None,
+    per_class: bool = False,
+    cost: bool = False,
     color: bool = False,
 ) -> str:
     """These groups as a table, ending in a newline; the arguments are those of `render`.
 
     Raises:
-        UsageError: no such format or layout; nothing to compare in it, or several rows of that defense.
+        UsageError: no such format or layout; options that exclude each other, or several rows of that defense.
         UnknownName: no row of the defense that is compared to.
     """
-    _check(format, layout)
+    asked: dict[str, Any] = {
+        "published": published,
+        "compare_to": compare_to,
+        "per_class": per_class,
+        "cost": cost,
+    }
+    _check(format, layout, asked)
+    return _rendered(found, format, layout, color, **asked)
+
+
+def _rendered(
+    found: Sequence[Group], format: str, layout: str, color: bool, *, per_class: bool, **asked: Any
+) -> str:
     if layout == "long":
-        if compare_to is not None:
-            raise UsageError("the long layout has no place for a comparison; take the paper's layout")
         return typeset.LONG[format](long(found, exact=format == "csv"))
-    return typeset.PAPER[format](paper(found, published=published, compare_to=compare_to), color)
+    blocks = [classes(alike) for alike in together(found)] if per_class else paper(found, **asked)
+    return typeset.PAPER[format](blocks, color)
 
 
-def _check(format: str, layout: str) -> None:
+def _check(format: str, layout: str, asked: Mapping[str, Any]) -> None:
     for what, given, known in (("format", format, FORMATS), ("layout", layout, LAYOUTS)):
         if given not in known:
             raise UsageError(f"no {what} named {given!r}; choose from {', '.join(known)}")
+    if layout == "long":
+        for name, what in (("compare_to", "a comparison"), ("per_class", "classes"), ("cost", "costs")):
+            if asked[name]:
+                raise UsageError(f"the long layout has no place for {what}; take the paper's layout")
+    if asked["per_class"]:
+        for name, what in (("compare_to", "a comparison"), ("cost", "costs")):
+            if asked[name]:
+                raise UsageError(f"a table of classes has no place for {what}; ask for one of the two")
 
 
 def long(found: Sequence[Group], *, exact: bool) -> list[list[str]]:
@@ -130,13 +178,16 @@ def long(found: Sequence[Group], *, exact: bool) -> list[list[str]]:
     return [list(HEADER), *([written(n, v) for n, v in zip(HEADER, row, strict=True)] for row in rows)]
 
 
-def paper(found: Sequence[Group], *, published: bool, compare_to: str | None = None) -> list[Block]:
+def paper(
+    found: Sequence[Group], *, published: bool, compare_to: str | None = None, cost: bool = False
+) -> list[Block]:
     """A block for every dataset, protocol and set of images, in that order.
 
     Args:
         found: the groups.
         published: whether the rows of the paper's Table 3 stand beside the measured ones.
         compare_to: the defense that the other rows of its blocks are tested against.
+        cost: whether columns say what the training cost, and rows stand in the order of it.
 
     Raises:
         UnknownName: no group of that defense.
@@ -144,15 +195,7 @@ def paper(found: Sequence[Group], *, published: bool, compare_to: str | None = N
     """
     if compare_to is not None and not named(found, compare_to):
         raise UnknownName("defense", compare_to, {group.label for group in found}, " (in this table)")
-    alike: dict[tuple[str, str, str], list[Group]] = {}
-    for group in found:
-        asked = group.records[0].asked
-        # what only a mixture is asked does not keep it from standing beside other networks
-        columns = [c for c in asked.protocol.get("columns", ()) if c["attack"] not in ADAPTIVE]
-        protocol = {**asked.protocol, "columns": columns}
-        same = json.dumps([asked.samples, asked.data_hash, protocol], sort_keys=True)
-        alike.setdefault((group.dataset, group.protocol, same), []).append(group)
-    return [_block(alike[key], published, compare_to) for key in sorted(alike)]
+    return [_block(alike, published, compare_to, cost) for alike in together(found)]
 
 
 @dataclass(frozen=True)
@@ -168,44 +211,91 @@ class _Slot:
         return None if self.name is None else group.column(self.name)
 
 
-def _block(alike: list[Group], published: bool, compare_to: str | None) -> Block:
+def _block(alike: list[Group], published: bool, compare_to: str | None, cost: bool) -> Block:
+    if cost:
+        alike = sorted(alike, key=_rank)
     slots = _slots(alike)
-    notes = _Notes()
-    doubts = [verdict(_findings(group)) for group in alike]
+    notes = Notes()
     # a number that is doubted wins nothing
-    credible = [group for group, doubt in zip(alike, doubts, strict=True) if doubt == "credible"]
-    shared = [
-        text
-        for text in alike[0].records[0].footnotes
-        if all(text in r.footnotes for g in alike for r in g.records)
-    ]
-    marks = notes.marks([*shared, *_few(credible, slots)])
+    credible = [group for group in alike if not doubt(group)]
+    of_all = shared(alike)
+    marks = notes.marks([*of_all, *_few(credible, slots)])
     lines = [[_cell(slot.of(group)) for slot in slots] for group in alike]
-    _set_off_best([line for line, doubt in zip(lines, doubts, strict=True) if doubt == "credible"])
+    set_off_best([line for group, line in zip(alike, lines, strict=True) if not doubt(group)])
     differs = _set_off_differences(lines, alike, slots, compare_to) if compare_to is not None else ""
     from_paper = printed.rows(alike[0].dataset) if published and alike[0].protocol == PAPER else {}
+    unknown = (None,) * len(COST) if cost else ()
     rows = []
-    for group, line, doubt in zip(alike, lines, doubts, strict=True):
-        own = notes.marks(text for text in _remarks(group) if text not in shared)
-        rows.append(Row(group.label, own, tuple(line), doubt="" if doubt == "credible" else doubt))
+    for group, line in zip(alike, lines, strict=True):
+        own = notes.marks(text for text in remarks(group) if text not in of_all)
+        rows.append(Row(group.label, own, (*line, *(_costs(group) if cost else ())), doubt=doubt(group)))
         name = group.records[0].published_as
         if name in from_paper:
-            rows.append(_printed_row(name, from_paper[name], slots, notes))
+            rows.append(_printed_row(name, from_paper[name], slots, notes, unknown))
     measured = {group.records[0].published_as for group in alike}
     rows += [
-        _printed_row(name, row, slots, notes) for name, row in from_paper.items() if name not in measured
+        _printed_row(name, row, slots, notes, unknown)
+        for name, row in from_paper.items()
+        if name not in measured
     ]
     return Block(
         dataset=alike[0].dataset,
         protocol=alike[0].protocol,
-        title=_title(alike[0]),
+        title=title(alike[0]),
         marks=marks,
-        caption=tuple(_caption(alike, slots, bool(from_paper), doubts)),
+        caption=(*_caption(alike, slots, bool(from_paper)), *([COST_SAYS] if cost else [])),
         best=_best(credible, slots, aside=len(credible) < len(alike)),
         differs=differs,
-        headings=tuple(slot.heading for slot in slots),
+        headings=(*(slot.heading for slot in slots), *(COST if cost else ())),
         rows=tuple(rows),
         notes=tuple(notes.texts.items()),
+    )
+
+
+def _passes(group: Group) -> float | None:
+    """Forward-backward passes of a training per image learnt from, the mean over its runs; None where one is unknown."""
+    return _mean(record.training.passes for record in group.records)
+
+
+def _multiply_adds(group: Group) -> float | None:
+    """What a training costs per image learnt from: its passes times the multiply-adds of one, likewise."""
+    return _mean(
+        None
+        if record.training.passes is None or record.training.multiply_adds is None
+        else record.training.passes * record.training.multiply_adds
+        for record in group.records
+    )
+
+
+def _rank(group: Group) -> tuple[float, str]:
+    """Places the cheaper training first and an unknown one last."""
+    cost = _multiply_adds(group)
+    return (math.inf if cost is None else cost, group.label)
+
+
+def _costs(group: Group) -> list[str | None]:
+    """The cells under `COST`."""
+    cost = _multiply_adds(group)
+    values = (
+        _passes(group),
+        None if cost is None else cost / 1e9,
+        _mean(record.training.seconds for record in group.records),
+    )
+    return [
+        *(None if value is None else _written(value) for value in values),
+        str(group.records[0].training.parameters),
+    ]
+
+
+def _mean(values: Iterable[float | None]) -> float | None:
+    known = list(values)
+    return None if None in known else float(np.mean([value for value in known if value is not None]))
+
+
+def _written(value: float) -> str:
+    """Four significant digits, or all of those before the point, and no exponent."""
+    return (
+        f"{value:.0f}" if value >= 1000 else np.format_float_positional(value, 4, fractional=False, trim="-")
     )
 
 
@@ -256,16 +346,6 @@ def _cell(column: Measured | None) -> Cell | None:
     return Cell(column.accuracy, None if column.seeds == 1 else column.std)
 
 
-def _set_off_best(lines: list[list[Cell | None]]) -> None:
-    """Marks the highest cell of each column as it is printed; the only one of a column is no best."""
-    for column in range(len(lines[0]) if lines else 0):
-        values = [round(cell.accuracy, 2) for line in lines if (cell := line[column]) is not None]
-        for line in lines:
-            cell = line[column]
-            if cell is not None and len(values) > 1:
-                line[column] = replace(cell, best=round(cell.accuracy, 2) == max(values))
-
-
 def _set_off_differences(
     lines: list[list[Cell | None]], alike: Sequence[Group], slots: Sequence[_Slot], compare_to: str
 ) -> str:
@@ -296,76 +376,18 @@ def _set_off_differences(
 
 
 def _printed_row(
-    name: str, row: dict[tuple[str, float], printed.Printed], slots: Sequence[_Slot], notes: _Notes
+    name: str,
+    row: dict[tuple[str, float], printed.Printed],
+    slots: Sequence[_Slot],
+    notes: Notes,
+    unknown: tuple[None, ...],
 ) -> Row:
     found = [row.get(slot.asked) if slot.asked else None for slot in slots]
     cells = tuple(None if value is None else Cell(value.accuracy, value.std) for value in found)
-    return Row(f"{name}, published", notes.marks(printed.doubts(row)), cells, True)
+    return Row(f"{name}, published", notes.marks(printed.doubts(row)), (*cells, *unknown), published=True)
 
 
-class _Notes:
-    """Texts below a table, each under one mark however often it is cited: a, b, …, z, aa, …"""
-
-    def __init__(self) -> None:
-        self.texts: dict[str, str] = {}
-
-    def marks(self, texts: Iterable[str]) -> tuple[str, ...]:
-        """The marks of these texts, in the order of the notes."""
-        cited = {self._mark(" ".join(text.split())) for text in texts}
-        return tuple(mark for mark in self.texts if mark in cited)
-
-    def _mark(self, text: str) -> str:
-        for mark, known in self.texts.items():
-            if known == text:
-                return mark
-        place, mark = len(self.texts), ""
-        while place >= 0:
-            mark, place = chr(ord("a") + place % 26) + mark, place // 26 - 1
-        self.texts[mark] = text
-        return mark
-
-
-def _findings(group: Group) -> list[Finding]:
-    return [finding for record in group.records for finding in record.findings]
-
-
-def _remarks(group: Group) -> list[str]:
-    """What is to be said of a group alone: its footnotes, and a line for every code of its findings."""
-    remarks = list(dict.fromkeys(text for record in group.records for text in record.footnotes))
-    for code in dict.fromkeys(finding.code for finding in _findings(group)):
-        remarks += _found(code, group)
-    return remarks
-
-
-def _found(code: str, group: Group) -> list[str]:
-    """A finding with the seeds that it concerns; where they say different things, the first and who else has it."""
-    seeds: dict[Finding, list[int]] = {}
-    for record in group.records:
-        for finding in record.findings:
-            if finding.code == code:
-                seeds.setdefault(finding, []).append(record.asked.seed)
-    said = sorted(seeds, key=lambda finding: finding.severity == "informs")
-    first = said[0]
-    text = str(first)
-    if first.severity == "informs":
-        text = textwrap.shorten(text, 100, placeholder=" …")
-    also = sorted({seed for other in said[1:] for seed in seeds[other]})
-    own = ", ".join(map(str, seeds[first]))
-    if also:
-        return [f"{text} (seed {own}; also seed {', '.join(map(str, also))})"]
-    return [f"{text} (seed {own})" if len(seeds[first]) < len(group.records) else text]
-
-
-def _title(group: Group) -> str:
-    n = len(group.images)
-    few = "fewer than 1000; " if n < 1000 else ""
-    data = group.records[0].asked.data_hash[:8]
-    return f"{group.dataset}, protocol {group.protocol}: accuracy in % on n = {n} images ({few}data {data})"
-
-
-def _caption(
-    alike: Sequence[Group], slots: Sequence[_Slot], published: bool, doubts: Sequence[str]
-) -> Iterable[str]:
+def _caption(alike: Sequence[Group], slots: Sequence[_Slot], published: bool) -> Iterable[str]:
     shown = [column for group in alike for slot in slots if (column := slot.of(group)) is not None]
     paper = alike[0].protocol == PAPER
     yield "SA: on clean images; " + ("RA: on attacked ones" if paper else "worst case: under every attack")
@@ -386,17 +408,7 @@ def _caption(
     reaches = [_reach(column) for column in shown if not math.isnan(column.accuracy)]
     if reaches:
         yield f"95 % Wilson intervals reach at most {max(reaches):.2f} points to either side"
-    if "suspect" in doubts:
-        yield "Suspect: something speaks against the numbers of this row, as its notes say"
-    if "void" in doubts:
-        yield "Void: this run must not become a number, as its notes say"
-    several = [f"{group.label} {group.seeds}" for group in alike if group.seeds > 1]
-    if several:
-        single = "; rows without it are one seed" if len(several) < len(alike) else ""
-        yield f"±: sample standard deviation over seeds ({', '.join(several)}){single}"
-    reduced = [group.label for group in alike if group.records[0].asked.precision != "fp32"]
-    if reduced:
-        yield f"Gradients in bf16: {', '.join(reduced)}"
+    yield from cautions(alike)
     if published:
         yield (
             "Rows marked 'published' are what Divided We Fall (arXiv 2512.20821 v2) prints, "

@@ -29,6 +29,20 @@ from bench.threat import ThreatModel, threat_model
 from bench.types import Images, Labels, Model
 
 
+class Found:
+    """For each image of a batch the adversarial image to show for it: one that broke it, else the last that was tried."""
+
+    def __init__(self, x: Images) -> None:
+        self.images = x.clone()
+        self.broke = torch.zeros(len(x), dtype=torch.bool, device=x.device)
+
+    def keep(self, rows: Tensor, x_adv: Images, broke: Tensor) -> None:
+        """Takes these images for these rows, unless they broke nothing and something before did."""
+        taken = broke | ~self.broke[rows]
+        self.images[rows[taken]] = x_adv[taken]
+        self.broke[rows] |= broke
+
+
 @dataclass
 class Trial:
     """A program, the batch it is run on, and where its outcomes are entered.
@@ -43,7 +57,7 @@ class Trial:
         seed: of every start.
         success: `last` or `any`.
         at_once: how many images gradients are taken of in one pass.
-        found: if wanted, per image the adversarial image at the protocol's radius, filled here.
+        found: if wanted, where the adversarial images at the protocol's radius are kept.
         radius: that radius.
     """
 
@@ -60,7 +74,7 @@ class Trial:
     at_once: int | None = None
     mixture: RoutedModel | None = None
     surrogate: nn.Module | None = None
-    found: Images | None = None
+    found: Found | None = None
     radius: float = 0.0
 
     #: whether an image that is broken is attacked no further
@@ -118,9 +132,7 @@ class Trial:
     ) -> None:
         """Settles columns by the answer to images, and keeps the images if they are wanted."""
         if self.found is not None and columns[0].eps == self.radius:
-            standing = torch.stack([self.outcomes[c.name].robust[rows] for c in columns]).any(0)
-            kept = standing & (prediction != self.y[rows]) if only_broken else standing
-            self.found[rows[kept]] = x_adv[kept]
+            self.found.keep(rows, x_adv, prediction != self.y[rows])
         for column in columns:
             self.outcomes[column.name].settle(
                 rows, prediction, self.y[rows], restart, step, only_broken=only_broken
@@ -401,19 +413,29 @@ def rounded(x_adv: Images, x: Images, threat: ThreatModel, *, away: bool = False
     """The images that can be stored with eight bits a pixel and lie in the ball, nearest to `x_adv`.
 
     With `away` each pixel goes to the next level further from `x`: an attack that stopped just across the boundary would
-    else be rounded back over it. In L∞ a level outside the ball gives way to the nearest one inside; in other norms
-    a whole image does, to one that is rounded towards `x`, which shortens every change if `x` itself is stored so.
+    else be rounded back over it. In L∞ a level outside the ball gives way to the nearest one inside; in other norms the
+    pixels that rounding moved furthest out are rounded towards `x` until the image is in. Where no level is in the ball,
+    the image stays `x`, which only images that are not stored in eight bits themselves come to.
     """
     levels = x * LEVELS
     change = x_adv * LEVELS - levels
+    # a step this small is float32's own rounding and no reason to go to the next level
     further = change.sign() * (change.abs() - 1e-3).ceil().clamp_min(0) if away else change
-    wanted = (levels + further).round()
+    wanted = (levels + further).round().clamp(0, LEVELS)
     if threat.norm == "Linf":
-        low, high = (
-            (levels - threat.eps * LEVELS - 1e-3).ceil(),
-            (levels + threat.eps * LEVELS + 1e-3).floor(),
-        )
-        return torch.minimum(torch.maximum(wanted, low), high).clamp(0, LEVELS) / LEVELS
-    wanted = wanted.clamp(0, LEVELS) / LEVELS
-    toward = (levels.round() + change.trunc()).clamp(0, LEVELS) / LEVELS
-    return torch.where(threat.contains(wanted, x)[:, None, None, None], wanted, toward)
+        low, high = ((levels + side * threat.eps * LEVELS) for side in (-1, 1))
+        inside = torch.minimum(torch.maximum(wanted, (low - 1e-4).ceil()), (high + 1e-4).floor())
+        wanted = inside.clamp(0, LEVELS)
+    else:
+        toward = (levels.round() + change.trunc()).clamp(0, LEVELS)
+        outward = ((wanted - levels).abs() - (toward - levels).abs()).flatten(1)
+        order = outward.argsort(1, descending=True)
+        length = (wanted - levels).flatten(1).square()
+        gain = (length - (toward - levels).flatten(1).square()).gather(1, order).cumsum(1)
+        # a hair inside, for the division by 255 rounds as well
+        too_long = length.sum(1, keepdim=True) - (threat.eps * LEVELS * (1 - 1e-6)) ** 2
+        back = torch.zeros_like(outward, dtype=torch.bool)
+        back.scatter_(1, order, (gain - gain.diff(dim=1, prepend=gain.new_zeros(len(gain), 1))) < too_long)
+        wanted = torch.where(back.view_as(wanted), toward, wanted)
+    legal = threat.contains(wanted / LEVELS, x)
+    return torch.where(legal[:, None, None, None], wanted / LEVELS, x)

@@ -7,7 +7,7 @@ import io
 import math
 import textwrap
 import unicodedata
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 from bench.long import HEADER
@@ -43,15 +43,17 @@ class Cell:
 
 @dataclass(frozen=True)
 class Row:
-    """A defense, or what a paper prints of one (`published`); None where it was not asked.
+    """A defense, or what a paper prints of one (`published`), or of how many images a column is (`counts`).
 
-    `doubt` is `suspect` or `void` where the runs are not credible.
+    A cell is an accuracy, something else as it is to be written, or None where it was not asked. `doubt` is `suspect`
+    or `void` where the runs are not credible.
     """
 
     label: str
     marks: tuple[str, ...]
-    cells: tuple[Cell | None, ...]
+    cells: tuple[Cell | str | None, ...]
     published: bool = False
+    counts: bool = False
     doubt: str = ""
 
     @property
@@ -109,7 +111,7 @@ def _paper_text(block: Block, color: bool) -> str:
     for top, start, stop in _spans(block.headings):
         # A heading that is wider than what it spans widens its first column.
         widths[start] += max(0, len(top) + 1 - _room(widths[start:stop]))
-    for panel in _panels(_spans(block.headings), widths, WIDTH - first):
+    for panel in _panels(list(_pieces(_spans(block.headings), widths, WIDTH - first)), widths, WIDTH - first):
         start, stop = panel[0][1], panel[-1][2]
         ruler = "-" * (first + 1 + _room(widths[start:stop]))
         tops = [top.center(_room(widths[a:b])) for top, a, b in panel]
@@ -135,6 +137,18 @@ def _room(widths: Sequence[int]) -> int:
     return sum(widths) + len(widths) - 1
 
 
+def _pieces(
+    spans: Sequence[tuple[str, int, int]], widths: Sequence[int], room: int
+) -> Iterator[tuple[str, int, int]]:
+    """Columns that belong together, in pieces where all of them are wider than a line."""
+    for top, start, stop in spans:
+        for place in range(start + 1, stop):
+            if _room(widths[start : place + 1]) > room:
+                yield top, start, place
+                start = place
+        yield top, start, stop
+
+
 def _panels(
     spans: Sequence[tuple[str, int, int]], widths: Sequence[int], room: int
 ) -> list[list[tuple[str, int, int]]]:
@@ -148,14 +162,14 @@ def _panels(
     return panels
 
 
-def _text_cell(cell: Cell | None, color: bool, room: int) -> str:
+def _text_cell(cell: Cell | str | None, color: bool, room: int) -> str:
     """A cell that ends in its dagger and its star, or in the room for them."""
-    marks = "" if cell is None else DIFFERS * cell.differs + "*" * (cell.best and not color)
+    marks = DIFFERS * cell.differs + "*" * (cell.best and not color) if isinstance(cell, Cell) else ""
     return (MISSING if cell is None else str(cell).removesuffix(DIFFERS)) + marks.ljust(room)
 
 
-def _emphasised(text: str, cell: Cell | None) -> str:
-    return f"\x1b[1m{text}\x1b[0m" if cell is not None and cell.best else text
+def _emphasised(text: str, cell: Cell | str | None) -> str:
+    return f"\x1b[1m{text}\x1b[0m" if isinstance(cell, Cell) and cell.best else text
 
 
 def _wrapped(text: str, indent: int = 0) -> list[str]:
@@ -205,9 +219,11 @@ def _paper_markdown(block: Block) -> str:
     return "\n".join([*lines, *(["", *notes] if notes else [])]) + "\n"
 
 
-def _markdown_cell(cell: Cell | None, published: bool) -> str:
+def _markdown_cell(cell: Cell | str | None, published: bool) -> str:
     if cell is None:
         return MISSING
+    if isinstance(cell, str):
+        return _markdown(cell)
     return f"**{cell}**" if cell.best else f"*{cell}*" if published else str(cell)
 
 
@@ -270,10 +286,12 @@ def _latex_row(cells: Sequence[str]) -> str:
     return " & ".join(cells) + r" \\"
 
 
-def _latex_cell(cell: Cell | None, published: bool) -> str:
+def _latex_cell(cell: Cell | str | None, published: bool) -> str:
     if cell is None:
         return "--"
     text = _latex(str(cell))
+    if isinstance(cell, str):
+        return text
     return f"\\textbf{{{text}}}" if cell.best else f"\\textit{{{text}}}" if published else text
 
 
@@ -371,7 +389,8 @@ def _paper_csv(blocks: Sequence[Block]) -> str:
         for row in block.rows:
             cells = dict(zip(block.headings, row.cells, strict=True))
             texts = ["" if (cell := cells.get(heading)) is None else str(cell) for heading in headings]
-            source = "published" if row.published else f"measured, {row.doubt}" if row.doubt else "measured"
+            source = "published" if row.published else "images" if row.counts else "measured"
+            source += f", {row.doubt}" if row.doubt else ""
             lines.append([block.dataset, block.protocol, row.label, source, *texts])
     return _csv(lines)
 
@@ -395,4 +414,10 @@ LONG: dict[str, Callable[[list[list[str]]], str]] = {
     "markdown": _long_markdown,
     "latex": _long_latex,
     "csv": _csv,
+}
+#: the writers of what stands below all tables: one line each, where a format has a place for it
+BELOW: dict[str, Callable[[Sequence[str]], str]] = {
+    "text": lambda lines: "\n".join(lines) + "\n",
+    # two blanks end a line without ending the paragraph
+    "markdown": lambda lines: "".join(f"{_markdown(line)}  \n" for line in lines),
 }

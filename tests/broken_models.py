@@ -250,6 +250,45 @@ class Memoriser(Wrapper):
         return F.one_hot(self.y[nearest], CLASSES).float()
 
 
+class Decoy(Wrapper):
+    """Squashed until it is flat, with a slight slope of no meaning laid over it: gradients are exact and lead nowhere."""
+
+    def __init__(self, net):
+        super().__init__(net)
+        self.slope = nn.Parameter(1e-3 * torch.randn(64, CLASSES, generator=torch.Generator().manual_seed(3)))
+
+    def forward(self, x):
+        return 8 * (20 * self.net(x)).softmax(1) + x.flatten(1) @ self.slope
+
+
+class DrawsTogether(Wrapper):
+    """Moves what it is shown most of the way to the test images around it, which it carries."""
+
+    def __init__(self, net):
+        super().__init__(net)
+        self.register_buffer("seen", data.load("digits").test.batch(slice(None))[0].flatten(1))
+
+    def before(self, x):
+        near = torch.softmax(-20 * torch.cdist(x.flatten(1), self.seen).square(), 1) @ self.seen
+        return 0.2 * x + 0.8 * near.view_as(x)
+
+
+class FakeMixture(Wrapper):
+    """Calls itself a mixture, of experts that have nothing to do with its answer."""
+
+    soft = False
+    experts_count = 2
+
+    def gate(self, x):
+        return x.flatten(1)[:, :2]
+
+    def all_outputs(self, x):
+        return x.flatten(1)[:, None, : 2 * CLASSES].reshape(len(x), 2, CLASSES)
+
+    def selected(self, x):
+        return self.gate(x).argmax(1)
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # random
 
@@ -552,6 +591,9 @@ BROKEN = {
     "detaching": _odd(Detaching, "void", "hidden-choice", "zero-gradient"),
     "blindfolded": _odd(Blindfolded, "suspect", "hidden-choice looped-forward", "wrong-direction"),
     "memoriser": _odd(Memoriser, "void", "not-logits plateau hidden-choice", "zero-gradient"),
+    "decoy": _odd(Decoy, "suspect"),
+    "draws together": _odd(DrawsTogether, "void", "memorised-images"),
+    "fake mixture": _odd(FakeMixture, "void", "mixture-mismatch"),
     "gaussian noise": _odd(GaussianNoise, "suspect", "random-forward"),
     "tiny noise": _odd(lambda net: GaussianNoise(net, 1e-6), "suspect", "random-forward"),
     "re-seeded noise": _odd(Reseeded, "suspect", "random-forward"),
@@ -590,3 +632,6 @@ BROKEN = {
 }
 
 ZOO = {**HONEST, **BROKEN}
+
+#: what only further attacks find out
+NEEDS_PROBES = {"decoy"}

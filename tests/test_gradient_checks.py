@@ -6,6 +6,7 @@ from broken_models import (
     BROKEN,
     CLASSES,
     HONEST,
+    NEEDS_PROBES,
     ZOO,
     Clamps,
     Detaching,
@@ -65,7 +66,7 @@ def test_a_broken_model_gets_what_it_is_owed(name):
     assert BROKEN[name].gradients <= {code for code, severity in found.items() if severity != "informs"}
 
 
-@pytest.mark.parametrize("name", ZOO)
+@pytest.mark.parametrize("name", sorted(set(ZOO) - NEEDS_PROBES))
 def test_contract_and_gradient_checks_come_to_the_verdict_that_is_known(name):
     model = ZOO[name].build()
     x, y = images(48)

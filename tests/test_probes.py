@@ -140,6 +140,14 @@ def test_an_unstable_landscape_only_informs():
     assert one.severity == "informs"
 
 
+def test_a_network_between_plateaus_is_found_out_and_no_honest_one():
+    (one,) = [one for one in probes.PROBES if probes.cliff in one.checks]
+    for name in ("decoy", "draws together", *HONEST):
+        whole = subject(zoo.ZOO[name].build(), steps=1)
+        found = codes(probes.run(dataclasses.replace(whole, cost=Cost()), 20_000, [one]))
+        assert ("cliff" in found) == (name not in HONEST), name
+
+
 def test_a_handful_of_images_voids_no_run():
     stuck = subject(zoo.ZOO["tanh saturated"].build(), steps=5)
     for count, expected in ((probes.FEW - 1, False), (probes.FEW, True)):

@@ -6,14 +6,17 @@ import re
 import shutil
 import subprocess
 
+import numpy as np
 import pytest
+from click.testing import CliRunner
 from made_up import EPS, found, paper_columns, run
 
+from bench.cli import commands
 from bench.errors import UnknownName, UsageError
 from bench.long import HEADER, groups
 from bench.published import Printed, doubts, published_dir, rows
-from bench.record import ColumnRecord, read_all
-from bench.table import render, render_groups
+from bench.record import ColumnRecord, Facts, finish, folder, read_all, void
+from bench.table import FORMATS, render, render_groups
 from bench.typeset import _latex
 
 PAPER_HEADINGS = [
@@ -578,3 +581,325 @@ def test_components_are_for_the_long_layout_and_survivors_are_headed_by_a_plus(t
     assert "apgd-ce" in attacks
     run(tmp_path, columns=STANDARD, protocol="other")
     assert "+:" not in render(tmp_path).split("protocol standard")[0]
+
+
+def retold(record, results, weights="best", **training):
+    """The same run with another account of its training."""
+    old = folder(results, record.asked)
+    outcomes = (old / "outcomes.parquet").read_bytes()
+    shutil.rmtree(old)
+    asked = record.asked.model_copy(update={"weights": weights})
+    said = record.training.model_copy(update=training)
+    finish(folder(results, asked), record.model_copy(update={"asked": asked, "training": said}), outcomes)
+
+
+CLEAN, ATTACKED = STANDARD[0], ColumnRecord(name="pgd-5", attack="pgd", epsilon=0.1, steps=5)
+#: of ten images a class: class 0 loses five under attack and one clean, class 1 one under attack and two clean
+BY_CLASS = {
+    "clean": [i not in (10, 1, 11) for i in range(100)],
+    "pgd-5": [i not in (0, 10, 20, 30, 40, 1) for i in range(100)],
+}
+
+
+def by_class(results, held=BY_CLASS, **options):
+    run(results, held, **{"columns": [CLEAN, ATTACKED], "protocol": "p", "defense": "a", "n": 100, **options})
+    return table(results, per_class=True)
+
+
+def test_each_class_has_its_robust_and_clean_accuracy_and_the_worst_of_each_is_told(tmp_path):
+    (row, images) = by_class(tmp_path)
+    # image 1 falls in both, image 11 on clean ones alone: under the worst case class 1 has lost two
+    assert {name: row[f"RA {name}"] for name in ("all", "worst class", "0", "1", "2")} == {
+        **{"all": "93.00", "worst class": "50.00", "0": "50.00", "1": "80.00", "2": "100.00"},
+    }
+    assert {name: row[f"SA {name}"] for name in ("all", "worst class", "0", "1", "2")} == {
+        **{"all": "97.00", "worst class": "80.00", "0": "90.00", "1": "80.00", "2": "100.00"},
+    }
+    assert (images["source"], images["RA 0"], images["SA all"], images["RA worst class"]) == (
+        *("images", "10", "100", ""),
+    )
+
+
+def test_images_are_told_apart_by_their_own_labels_however_the_rows_lie(tmp_path):
+    (first, _) = by_class(tmp_path / "in order")
+    (second, _) = by_class(tmp_path / "shuffled", shuffle=True)
+    assert first == second
+
+
+def test_classes_have_their_names_where_no_file_need_be_read_and_else_their_numbers(tmp_path):
+    (row, _) = by_class(tmp_path, dataset="cifar10")
+    assert (row["RA airplane"], row["RA automobile"], row["SA truck"]) == ("50.00", "80.00", "100.00")
+    (row, _) = by_class(tmp_path / "own", dataset="npz:nowhere")
+    assert (row["RA 0"], row["SA 9"]) == ("50.00", "100.00")
+
+
+def test_classes_without_images_have_no_column(tmp_path):
+    (row, images) = by_class(tmp_path, {}, n=3, columns=[CLEAN])
+    assert [name for name in row if name.startswith("RA")] == [
+        "RA all",
+        "RA worst class",
+        "RA 0",
+        "RA 1",
+        "RA 2",
+    ]
+    assert images["RA 2"] == "1"
+
+
+def test_over_seeds_a_class_is_a_mean_and_each_seed_has_its_own_worst(tmp_path):
+    all_but = {lost: {"pgd-5": [i % 10 != lost for i in range(100)]} for lost in (3, 4)}
+    by_class(tmp_path, all_but[3], seed=0)
+    (row, _) = by_class(tmp_path, all_but[4], seed=1)
+    assert (row["RA 3"], row["RA 4"], row["RA 5"]) == ("50.00 ± 70.71", "50.00 ± 70.71", "100.00 ± 0.00")
+    assert (row["RA worst class"], row["SA worst class"]) == ("0.00 ± 0.00", "100.00 ± 0.00")
+    text = " ".join(render(tmp_path, per_class=True).split())
+    assert "the mean over seeds of each one's own. " in text
+    assert "±: sample standard deviation over seeds (a 2)." in text
+
+
+def test_two_trainings_of_one_seed_count_as_one_in_a_class_too(tmp_path):
+    lost = {"pgd-5": [i % 10 != 3 for i in range(100)]}
+    by_class(tmp_path, lost, model_hash="one")
+    by_class(tmp_path, {}, model_hash="other")
+    (row, _) = by_class(tmp_path, {}, seed=1)
+    assert row["RA 3"] == "75.00 ± 35.36"
+
+
+def test_a_class_of_a_random_model_counts_by_the_share_of_right_draws(tmp_path):
+    def drawn(table):
+        attacked = table.column == "pgd-5"
+        for kind in ("share", "selected"):
+            table.loc[attacked & (table.label == 0), kind] = np.float32(0.25)
+        return table
+
+    (row, _) = by_class(tmp_path, {}, n=20, damage=drawn, model=Facts(randomness="stochastic", draws=100))
+    assert (row["RA 0"], row["RA worst class"], row["RA 1"], row["SA 0"]) == (
+        "25.00",
+        "25.00",
+        "100.00",
+        "100.00",
+    )
+
+
+def test_classes_of_a_void_run_have_no_numbers_and_wins_are_for_the_credible(tmp_path):
+    by_class(tmp_path, {}, findings=[found("x", "blocks")])
+    by_class(tmp_path, defense="b")
+    void, b, _ = by_class(tmp_path, {"pgd-5": 50}, defense="c")[:3]
+    assert {value for name, value in void.items() if name[:3] in ("RA ", "SA ")} == {"void"}
+    assert (void["source"], b["RA 0"]) == ("measured, void", "50.00")
+    rows = markdown_rows(tmp_path, per_class=True)
+    assert (rows["b"][0], rows["c"][0], rows["c"][2]) == ("**93.00**", "50.00", "**50.00**")
+    assert "[a] zero-gradient: x" in render(tmp_path, per_class=True)
+
+
+def test_a_run_without_clean_images_has_no_clean_accuracy_of_a_class(tmp_path):
+    (row, _) = by_class(tmp_path, columns=[ATTACKED])
+    assert (row["RA 0"], row["SA 0"], row["SA worst class"]) == ("50.00", "", "")
+
+
+def test_the_caption_of_classes_says_how_sure_one_of_them_is(tmp_path):
+    by_class(tmp_path)
+    text = " ".join(render(tmp_path, per_class=True).split())
+    assert "digits, protocol p: accuracy of each class in % on n = 100 images" in text
+    # Wilson at 8 of 10 reaches down to 49.02
+    assert "95 % Wilson intervals of a class reach at most 30.98 points" in text
+
+
+def test_other_images_are_not_mixed_into_one_table_of_classes(tmp_path):
+    by_class(tmp_path)
+    run(
+        tmp_path,
+        columns=[CLEAN],
+        protocol="p",
+        defense="b",
+        n=100,
+        damage=lambda t: t.assign(index=t["index"] + 1),
+    )
+    with pytest.raises(UsageError, match="has other images than .*; delete both"):
+        render(tmp_path, per_class=True)
+
+
+def test_more_classes_than_a_line_has_room_for_go_on_below(tmp_path):
+    def hundred(table):
+        return table.assign(label=table["index"] // 3)
+
+    run(tmp_path, {"clean": 99}, columns=[CLEAN], protocol="p", dataset="cifar100", n=100, damage=hundred)
+    text = render(tmp_path, per_class=True)
+    assert max(map(len, text.splitlines())) <= 201
+    headings = [name for line in text.splitlines() for name in line.split()]
+    assert headings.count("caterpillar") == headings.count("worm") == 2
+
+
+@pytest.mark.parametrize("format", ["text", "markdown", "latex", "csv"])
+def test_classes_and_costs_can_be_written_in_every_format(tmp_path, format):
+    record = run(tmp_path, BY_CLASS, columns=[CLEAN, ATTACKED], protocol="p", defense="a")
+    assert "worst class" in render(tmp_path, per_class=True, format=format)
+    retold(record, tmp_path, passes=12.5, multiply_adds=2_000_000)
+    text = render(tmp_path, cost=True, format=format)
+    assert "U+" not in text
+    assert "G multiply-adds" in text and re.search(r"12\.5\b", text) and re.search(r"0\.025\b", text)
+
+
+def costly(results):
+    """Three trainings and a checkpoint: b and c cost the same, though b's network is the larger one."""
+    costs = {"a": (330.0, 10**9), "b": (11.0, 20 * 10**6), "c": (110.0, 2 * 10**6), "d": (None, None)}
+    for defense, (passes, multiply_adds) in costs.items():
+        record = run(results, columns=STANDARD[:2], protocol="p", defense=defense)
+        known = {"seconds": 90.0} if passes else {}
+        retold(record, results, passes=passes, multiply_adds=multiply_adds, parameters=7, **known)
+
+
+def test_costs_are_columns_and_rows_stand_in_their_order(tmp_path):
+    costly(tmp_path)
+    rows = table(tmp_path, cost=True)
+    told = ("defense", "training passes", "training G multiply-adds", "training seconds", "parameters")
+    assert [tuple(row[name] for name in told) for row in rows] == [
+        ("b", "11", "0.22", "90", "7"),
+        ("c", "110", "0.22", "90", "7"),
+        ("a", "330", "330", "90", "7"),
+        ("d", "", "", "", "7"),
+    ]
+    assert {row["SA"] for row in rows} == {"100.00"}
+    assert re.search(r"^d .* –  +–  +–  +7$", render(tmp_path, cost=True), re.MULTILINE)
+    caption = " ".join(render(tmp_path, cost=True).split())
+    assert (
+        "G multiply-adds: passes × multiply-adds of one forward pass, in billions (1e9) per image learnt from"
+        in caption
+    )
+    assert "passes" not in render(tmp_path)
+
+
+def test_costs_of_several_seeds_are_means_and_unknown_where_one_is(tmp_path):
+    for seed, passes in enumerate([10.0, 20.0]):
+        retold(run(tmp_path, seed=seed), tmp_path, passes=passes, multiply_adds=10**12, seconds=123_456.0)
+    (row,) = table(tmp_path, cost=True)
+    assert (row["training passes"], row["training G multiply-adds"]) == ("15", "15000")
+    assert row["training seconds"] == "123456"
+    run(tmp_path, seed=2)
+    (row,) = table(tmp_path, cost=True)
+    assert (row["training passes"], row["training G multiply-adds"]) == ("", "")
+
+
+def test_published_rows_have_no_costs_and_stay_below_their_own(two):
+    assert [row["defense"] for row in table(two, cost=True, published=True)][:3] == [
+        *("dwf", "DWF, published", "resnet_18"),
+    ]
+    rows = markdown_rows(two, cost=True, published=True)
+    assert {len(row) for row in rows.values()} == {17 + 4}
+    assert rows["*DWF, published*"][-1] == "–"
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"layout": "long", "per_class": True}, "the long layout has no place for classes"),
+        ({"layout": "long", "cost": True}, "the long layout has no place for costs"),
+        ({"per_class": True, "cost": True}, "a table of classes has no place for costs"),
+        ({"per_class": True, "compare_to": "dwf"}, "a table of classes has no place for a comparison"),
+    ],
+)
+def test_what_cannot_be_asked_together_is_refused(tmp_path, options, message):
+    run(tmp_path)
+    with pytest.raises(UsageError, match=message):
+        render(tmp_path, **options)
+
+
+@pytest.mark.parametrize("option", ["--per-class", "--cost"])
+def test_the_command_passes_its_options_on_and_has_none_of_them_in_json(tmp_path, option):
+    run(tmp_path)
+    words = ["table", "--results", str(tmp_path), "--format", "csv"]
+    heading = {"--per-class": "RA worst class", "--cost": "training passes"}[option]
+    done = CliRunner().invoke(commands, [*words, option])
+    assert heading in done.output.splitlines()[0]
+    assert heading not in CliRunner().invoke(commands, words).output
+    with pytest.raises(UsageError, match=f"--json has no place for {option}"):
+        CliRunner().invoke(commands, [*words, option, "--json"], catch_exceptions=False)
+
+
+FELL = [
+    {"stage": "fgsm-at", "epoch": 1, "held_out": 0.4, "held_out_fgsm": 0.5, "collapsed": False},
+    {"stage": "fgsm-at", "epoch": 2, "held_out": 0.421, "held_out_fgsm": 0.5, "collapsed": False},
+    {"stage": "fgsm-at", "epoch": 3, "held_out": 0.03, "held_out_fgsm": 0.8, "collapsed": True},
+    {"stage": "fgsm-at", "epoch": 4, "held_out": 0.02, "held_out_fgsm": 0.9, "collapsed": True},
+]
+SAID = (
+    "collapsed: training fell into catastrophic overfitting at epoch 3 "
+    "(PGD-10 on held-out images fell from 42.1% to 3.0% while FGSM stood at 80.0%)"
+)
+
+
+def notes(results, **options):
+    """The notes below a table, each on one line."""
+    text = render(results, **options).splitlines()
+    last = max(place for place, line in enumerate(text) if line and not line.strip("-"))
+    return " ".join(" ".join(text[last + 1 :]).split())
+
+
+@pytest.mark.parametrize("options", [{}, {"per_class": True}])
+def test_a_training_that_collapsed_is_noted_with_the_epoch_of_its_weights(tmp_path, options):
+    retold(run(tmp_path, defense="fgsm_at"), tmp_path, stages=FELL, epoch=2)
+    run(tmp_path, defense="pgd_at")
+    assert notes(tmp_path, **options) == f"[a] {SAID}; these weights are of epoch 2"
+    lines = render(tmp_path, **options).splitlines()
+    assert any(line.startswith("fgsm_at [a] ") for line in lines)
+    assert any(re.match(r"pgd_at +\d", line) for line in lines)
+
+
+def test_a_collapse_of_some_seeds_names_them_and_a_training_without_one_is_not_noted(tmp_path):
+    retold(run(tmp_path, seed=0), tmp_path, stages=FELL[:2])
+    assert "collapsed" not in render(tmp_path)
+    retold(run(tmp_path, seed=1), tmp_path, stages=FELL)
+    assert notes(tmp_path) == f"[a] {SAID} (seed 1)"
+    retold(run(tmp_path, seed=2), tmp_path, stages=[FELL[0], FELL[3]])
+    assert notes(tmp_path) == f"[a] {SAID} (seed 1; also seed 2)"
+
+
+def test_a_collapse_that_observed_less_says_less(tmp_path):
+    retold(run(tmp_path), tmp_path, stages=[{"epoch": 1, "held_out": 0.03, "collapsed": True}])
+    assert notes(tmp_path).endswith("at epoch 1 (PGD-10 on held-out images fell to 3.0%)")
+
+
+def test_the_networks_of_the_best_and_of_the_last_epoch_are_two_rows(tmp_path):
+    retold(run(tmp_path, {"clean": 40}, defense="fgsm_at"), tmp_path, weights="last", epoch=4)
+    assert notes(tmp_path) == "[a] the weights of the last epoch, not of the one selected on held-out images"
+    run(tmp_path, {"clean": 160}, defense="fgsm_at")
+    assert [(row["defense"], row["SA"]) for row in table(tmp_path)] == [
+        ("fgsm_at [best epoch]", "80.00"),
+        ("fgsm_at [last epoch]", "20.00"),
+    ]
+
+
+def made_void(results, asked, defense, evidence):
+    asked = asked.model_copy(update={"defense": defense})
+    path = folder(results, asked)
+    void(path, asked, [found("first", "informs", code="odd"), found(evidence, "blocks", code="stateful")])
+    return f"void: digits/{defense}/{path.name}: stateful: {evidence}"
+
+
+@pytest.mark.parametrize("layout", ["paper", "long"])
+def test_void_runs_without_a_record_are_listed_below_the_tables(tmp_path, layout):
+    record = run(tmp_path)
+    before = {format: render(tmp_path, format=format, layout=layout) for format in FORMATS}
+    b, a = (made_void(tmp_path, record.asked, name, "answers move") for name in ("mine", "his"))
+    assert render(tmp_path, layout=layout) == f"{before['text']}\n{a}\n{b}\n"
+    assert render(tmp_path, layout=layout, format="markdown") == f"{before['markdown']}\n{a}  \n{b}  \n"
+    for format in ("latex", "csv"):
+        assert render(tmp_path, layout=layout, format=format) == before[format]
+
+
+def test_a_void_run_is_one_line_and_is_none_where_its_record_was_written(tmp_path):
+    record = run(tmp_path)
+    void(folder(tmp_path, record.asked), record.asked, [found("x", "blocks")])
+    assert "void" not in render(tmp_path)
+    made_void(tmp_path, record.asked, "mine", "two\nlines|")
+    assert render(tmp_path).splitlines()[-1].endswith("stateful: two lines|")
+    assert render(tmp_path, format="markdown").splitlines()[-1].endswith("stateful: two lines\\|  ")
+
+
+def test_a_folder_with_void_runs_alone_lists_them(tmp_path):
+    record = run(tmp_path / "elsewhere")
+    line = made_void(tmp_path, record.asked, "mine", "answers move")
+    assert render(tmp_path) == f"{line}\n"
+    assert render(tmp_path, format="markdown") == f"{line}  \n"
+    for format in ("latex", "csv"):
+        with pytest.raises(UsageError, match=r"no finished runs in .* but 1 void, which `bench table` lists"):
+            render(tmp_path, format=format)

@@ -12,6 +12,7 @@ from bench.errors import UsageError, VoidRun
 from bench.evaluate import Evaluator
 from bench.plan import plan
 from bench.protocol import Protocol
+from bench.rng import Rng
 from bench.threat import L2, Linf
 from bench.trial import rounded
 
@@ -244,3 +245,44 @@ def test_too_few_stored_images_or_of_another_size_are_refused(tmp_path):
     torch.save(worst_corner(0.01)[:5], tmp_path / "few.pt")
     with pytest.raises(UsageError, match="are not those of this dataset"):
         outcomes(Hyperplane(), dataset(), columns({"attack": f"images:{tmp_path / 'few.pt'}"}, eps=0.04))
+
+
+def test_an_image_that_an_attack_broke_is_not_lost_to_a_weaker_one_after_it():
+    eps = 8 / 255
+    specs = [
+        {"attack": "pgd", "steps": 20},
+        {"attack": "pgd", "steps": 1, "step_size": 1e-5, "loss": "margin"},
+    ]
+    asked = columns(*specs, {"attack": "8-bit"}, eps=eps)
+    for success in ("last", "any"):
+        found = outcomes(Hyperplane(), dataset(), asked, success=success).outcomes
+        assert torch.equal(found["8-bit"].robust, found["pgd-20"].robust)
+        assert found["pgd-1-margin"].robust.sum() > found["pgd-20"].robust.sum()
+
+
+def test_what_fell_in_a_larger_ball_is_still_attacked_in_a_smaller_one():
+    spec = {"attack": "pgd", "eps": [0.03, 0.004], "steps": 20}
+    margin = Hyperplane().margin(points())
+    found = outcomes(Hyperplane(), dataset(), columns(spec, survivors=True)).outcomes
+    for eps in (0.03, 0.004):
+        assert torch.equal(found[f"pgd-{eps}-20"].robust, margin > eps)
+
+
+@pytest.mark.parametrize("threat", [Linf(8 / 255), Linf(0.001), L2(0.5), L2(0.05)])
+def test_images_that_are_not_stored_in_eight_bits_are_rounded_into_the_ball_as_well(threat):
+    generator = torch.Generator().manual_seed(0)
+    x = torch.rand(16, 3, 8, 8, generator=generator)
+    x_adv = threat.project(x + 2 * threat.eps * (torch.rand(x.shape, generator=generator) - 0.5), x)
+    for away in (False, True):
+        assert threat.contains(rounded(x_adv, x, threat, away=away), x).all()
+
+
+def test_rounding_in_the_euclidean_norm_gives_up_little_of_the_radius():
+    generator = torch.Generator().manual_seed(0)
+    x = (torch.rand(16, 3, 32, 32, generator=generator) * 255).round() / 255
+    threat = L2(0.5)
+    x_adv = threat.random_start(x, Rng("x"))
+    x_adv = threat.project(x + (x_adv - x) * 10, x)
+    levels = rounded(x_adv, x, threat)
+    assert threat.contains(levels, x).all()
+    assert ((levels - x).flatten(1).norm(dim=1) > 0.97 * 0.5).all()

@@ -19,6 +19,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
+from bench.attacks.mixture import deployed_weights, mixed
 from bench.audit.check import Check, Evidence, check
 from bench.audit.untouched import State, frozen, generator_states, generators_kept, seed_all, seeded_states
 from bench.audit.watch import Watched, watching
@@ -26,6 +27,7 @@ from bench.errors import BenchError, VoidRun
 from bench.finding import Finding
 from bench.judge import ask, exact_arithmetic
 from bench.model import evaluating
+from bench.moe import as_mixture
 from bench.record import Facts
 from bench.rng import Rng
 from bench.types import Images, Labels, Logits
@@ -642,6 +644,49 @@ def few_classes(s: Subject, threshold: float) -> Evidence:
     return f"{s.classes} classes: the targeted DLR loss needs 4 and DLR 3, so attacks use {left}"
 
 
+@check(
+    "memorised-images",
+    rule="M2",
+    severity="blocks",
+    threshold=4,
+    advice="a model that carries the test images cannot be tested on them; train it on others",
+)
+def memorised_images(s: Subject, threshold: float) -> Evidence:
+    """At least four of the test images lie among its parameters and buffers, as they are."""
+    images = s.x.flatten(1)
+    size = images.shape[1]
+    for name, tensor in (*s.model.named_parameters(), *s.model.named_buffers()):
+        rows = tensor.detach().numel() // size
+        if tensor.is_floating_point() and rows >= threshold and rows * size == tensor.numel():
+            near = torch.cdist(images.float(), tensor.detach().reshape(rows, size).float()).amin(1)
+            found = int((near < 1e-3 * size**0.5).sum())
+            if found >= threshold:
+                return f"{found} of {len(images)} test images lie in {name}"
+    return None
+
+
+@check(
+    "mixture-mismatch",
+    rule="E1",
+    severity="blocks",
+    threshold=1e-3,
+    advice="gate, selected and all_outputs must be those of the model that is deployed, or the adaptive attacks are on another",
+)
+def mixture_mismatch(s: Subject, threshold: float) -> Evidence:
+    """A mixture answers otherwise than its gate and its experts say."""
+    mixture = as_mixture(s.model)
+    if mixture is None or not s.settled or s.sources:
+        return None
+    said = s.logits(s.x, "the images")
+    told = mixed(mixture, deployed_weights(mixture, s.x), mixture.all_outputs(s.x)).to(said.dtype)
+    # what a softmax does not see may differ
+    gap = s.differ(said.log_softmax(1), told.log_softmax(1))
+    if gap <= threshold or torch.equal(said.argmax(1), told.argmax(1)):
+        return None
+    wrong = int((said.argmax(1) != told.argmax(1)).sum())
+    return f"it answers {wrong} of {len(s.x)} images otherwise than its gate and its experts say"
+
+
 BASIC: tuple[Check[Subject], ...] = (model_crash, signature, train_mode, non_finite)
 FURTHER: tuple[Check[Subject], ...] = (
     stateful,
@@ -656,6 +701,8 @@ FURTHER: tuple[Check[Subject], ...] = (
     test_time_optimisation,
     looped_forward,
     constant_prediction,
+    memorised_images,
+    mixture_mismatch,
     few_classes,
     # last, since every pass is looked at for it
     mutates_input,

@@ -137,7 +137,9 @@ class Subject:
         except Exception:
             # a stranger's model may refuse to be copied or to run in float64, in any way
             return None
-        return copy if logits.dtype == torch.float64 else None
+        # what answers otherwise in float64 is another function, whose gradient says nothing of this one's
+        same = (logits - self.logits).abs().max() <= 0.05 * self.logits.abs().max()
+        return copy if logits.dtype == torch.float64 and same else None
 
     @cached_property
     def inside(self) -> Images:

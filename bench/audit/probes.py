@@ -14,6 +14,7 @@ import dataclasses
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from statistics import median
 
 import torch
 from torch import Tensor, nn
@@ -41,6 +42,8 @@ FEW = 8
 DRAWS = 16
 #: step sizes, and how many steps of each, in the ball that has no edge
 UNBOUNDED = ((0.02, 20), (0.1, 10))
+#: into how many pieces the way to another image is cut
+PIECES = 64
 #: guesses: noise from inside the ball and from its corners, then a random search
 NOISES, QUERIES = 8, 80
 #: noisy copies whose gradients are averaged, their noise as a share of the radius, and steps
@@ -282,6 +285,11 @@ def run(subject: Subject, budget: int, probes: Sequence[Probe] | None = None) ->
         affordable = (budget - spent) // (len(left) * one.passes(subject))
         sample = subject.take(among.nonzero().flatten()[: max(0, affordable)])
         del left[0]
+        if unbounded_survives in one.checks and len(sample) < FEW:
+            evidence = (
+                f"{len(sample)} images are too few to look for failing gradients in the ball that has no edge"
+            )
+            found.append(Finding(code="few-probed", severity="informs", evidence=evidence, advice=PROBE_MORE))
         if len(sample) == 0:
             continue
         try:
@@ -293,6 +301,7 @@ def run(subject: Subject, budget: int, probes: Sequence[Probe] | None = None) ->
     return found
 
 
+PROBE_MORE = "the audit may cost 15 % of a run and no more; take more images or a longer protocol"
 CRASHED = "a model must answer every image in [0,1] with finite logits and finite gradients; make it do so and run again"
 
 
@@ -319,6 +328,33 @@ def unbounded_survives(subject: Subject, threshold: float) -> Evidence:
                 left.differentiable, anywhere, steps=steps, step_size=step_size, eot=eot
             )
     return above_chance(int(held.sum()), len(subject), subject.classes, threshold, "radius 1")
+
+
+@check(
+    "cliff",
+    rule="A4",
+    threshold=0.5,
+    severity="warns",
+    advice="the answer jumps between plateaus, which a gradient cannot see across: attack what lies before the steep part "
+    "(the network without its last squashing, or without what draws images together)",
+)
+def cliff(subject: Subject, threshold: float) -> Evidence:
+    """On the way from an image to one of another class, more than half of all change of the margin falls into 3 of 64 pieces (median)."""
+    judge = Judge(subject.model, subject.classes, subject.cost)
+    steepest = []
+    for row in range(len(subject)):
+        different = (subject.y != subject.y[row]).nonzero().flatten()
+        if len(different) == 0:
+            continue
+        end = subject.x[different[row % len(different)]]
+        way = torch.linspace(0, 1, PIECES + 1, device=end.device)[:, None, None, None]
+        points = subject.x[row] + way * (end - subject.x[row])
+        change = margin(judge.logits(points, points, None), subject.y[row].expand(len(points))).diff().abs()
+        if float(change.sum()) > 0:
+            steepest.append(float(change.topk(3).values.sum() / change.sum()))
+    if len(steepest) < FEW // 2 or median(steepest) <= threshold:
+        return None
+    return f"{100 * median(steepest):.0f} % of the margin's change on the way to another image falls into 3 of {PIECES} pieces"
 
 
 @check(
@@ -523,6 +559,7 @@ PROBES: tuple[Probe, ...] = (
         lambda s: 2 * GRADIENT * s.eot + 4 * (DRAWS if s.random else 1),
         lambda s: s.pgd_standing if s.steps else _never(s),
     ),
+    Probe((cliff,), lambda s: PIECES + 1, lambda s: _never(s) if s.random else torch.ones_like(s.standing)),
     Probe((unstable_landscape,), lambda s: NOISES + 1, lambda s: _never(s) if s.random else s.standing),
     Probe(
         (black_box_beats_white_box,),

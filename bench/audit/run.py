@@ -8,6 +8,7 @@ from __future__ import annotations
 import time
 from typing import TYPE_CHECKING
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
@@ -17,6 +18,7 @@ from bench.audit.probes import probe
 from bench.finding import Finding, merged, verdict
 from bench.judge import Cost, Judge, exact_arithmetic, seeded
 from bench.record import Audited, Record
+from bench.rng import Rng
 from bench.threat import threat_model
 
 if TYPE_CHECKING:
@@ -49,7 +51,9 @@ def audit(evaluator: Evaluator, record: Record, outcomes: bytes) -> Record:
     budget = int(0.9 * SHARE * spent)
     found: list[Finding] = []
     cost, zero_loss = Cost(), 0.0
-    right = seen.robust.index[seen.right].to_numpy()[:IMAGES]
+    right = seen.robust.index[seen.right].to_numpy()
+    # any of them: a model must not know which images will be looked at
+    right = np.sort(right[Rng(evaluator.seed, "audit").permutation(len(right)).numpy()[:IMAGES]])
     with exact_arithmetic(), seeded((evaluator.seed, "audit"), 0, evaluator.device):
         if len(right):
             x, y = evaluator.split.batch(right, evaluator.device)
