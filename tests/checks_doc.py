@@ -64,6 +64,7 @@ RULES = {
     "M12": ("the gradient is the function's own", f"{ATHALYE}; {TRAMER}"),
     "M13": ("the gradient is there", f"{PINTOR}; {CROCE}"),
     "M14": ("no plateaus", ATHALYE),
+    "M15": ("reduced precision attacks no worse", "ours"),
     "M16": ("enough classes", CROCE),
     "A1": ("the loss moves", CARLINI),
     "A2": ("optimisation is complete", PINTOR),

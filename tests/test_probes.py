@@ -148,6 +148,16 @@ def test_a_network_between_plateaus_is_found_out_and_no_honest_one():
         assert ("cliff" in found) == (name not in HONEST), name
 
 
+def test_a_quick_copy_that_attacks_less_well_is_found_out():
+    (one,) = [one for one in probes.PROBES if probes.weaker_gradients in one.checks]
+    whole = subject(zoo.undefended(), steps=1)
+    for quick, expected in ((zoo.ZOO["negated gradient"].build(), True), (zoo.undefended(), False)):
+        copied = dataclasses.replace(whole, gradient_model=quick, cost=Cost())
+        assert ("weaker-gradients" in codes(probes.run(copied, 20_000, [one]))) == expected
+    same = dataclasses.replace(whole, cost=Cost())
+    assert probes.run(same, 20_000, [one]) == [] and same.cost.gradients == 0
+
+
 def test_a_handful_of_images_voids_no_run():
     stuck = subject(zoo.ZOO["tanh saturated"].build(), steps=5)
     for count, expected in ((probes.FEW - 1, False), (probes.FEW, True)):

@@ -306,6 +306,25 @@ CRASHED = "a model must answer every image in [0,1] with finite logits and finit
 
 
 @check(
+    "weaker-gradients",
+    rule="M15",
+    threshold=0.005,
+    severity="warns",
+    advice="gradients of the quick copy (bf16, folded layers) attack less well than the model's own: run with --precision fp32",
+)
+def weaker_gradients(subject: Subject, threshold: float) -> Evidence:
+    """PGD-10 by the deployed model's own gradients breaks more than 0.5 points and two paired standard errors more than by the quick copy's."""
+    quick = subject.ascend(subject.differentiable, subject.threat, steps=10, step_size=subject.threat.eps / 4)
+    own = dataclasses.replace(subject, gradient_model=subject.model)
+    exact = own.ascend(own.differentiable, subject.threat, steps=10, step_size=subject.threat.eps / 4)
+    more = exact.double() - quick.double()
+    error = float(more.std()) / len(more) ** 0.5 if len(more) > 1 else 1.0
+    if float(more.mean()) <= max(threshold, 2 * error):
+        return None
+    return f"{int(exact.sum())} of {len(more)} images fall to the model's own gradients, {int(quick.sum())} to the quick copy's"
+
+
+@check(
     "unbounded-survives",
     rule="A8",
     threshold=0.5,
@@ -560,6 +579,11 @@ PROBES: tuple[Probe, ...] = (
         lambda s: s.pgd_standing if s.steps else _never(s),
     ),
     Probe((cliff,), lambda s: PIECES + 1, lambda s: _never(s) if s.random else torch.ones_like(s.standing)),
+    Probe(
+        (weaker_gradients,),
+        lambda s: 2 * 10 * GRADIENT + 2,
+        lambda s: _never(s) if s.random or s.gradient_model is s.model else torch.ones_like(s.standing),
+    ),
     Probe((unstable_landscape,), lambda s: NOISES + 1, lambda s: _never(s) if s.random else s.standing),
     Probe(
         (black_box_beats_white_box,),
