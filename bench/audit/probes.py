@@ -286,9 +286,7 @@ def run(subject: Subject, budget: int, probes: Sequence[Probe] | None = None) ->
         sample = subject.take(among.nonzero().flatten()[: max(0, affordable)])
         del left[0]
         if unbounded_survives in one.checks and len(sample) < FEW:
-            evidence = (
-                f"{len(sample)} image(s) are too few to look for failing gradients in the ball that has no edge"
-            )
+            evidence = f"{len(sample)} image(s) are too few to look for failing gradients in the ball that has no edge"
             found.append(Finding(code="few-probed", severity="informs", evidence=evidence, advice=PROBE_MORE))
         if len(sample) == 0:
             continue
