@@ -63,7 +63,7 @@ STYLE: dict[Any, Any] = {
 KINDS = {
     "fgsm": "FGSM radius eps (pixels in [0,1])",
     "pgd": "PGD steps",
-    "sweep": "radius eps (pixels in [0,1]) of the strongest of FGSM and PGD",
+    "sweep": "radius eps of FGSM and PGD (pixels in [0,1])",
 }
 
 
@@ -240,6 +240,7 @@ def _draw(lines: Sequence[_Line], kind: str, chance: float) -> list[tuple[str, b
         axes.xaxis.set_major_formatter("{x:g}")
         if kind == "sweep":
             axes.set_xscale("symlog", linthresh=0.01, linscale=0.4)
+            axes.set_xlim(-0.003, 1.15 * ticks[-1])
             axes.set_xticks([0, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5])
             axes.xaxis.set_major_formatter("{x:g}")
             axes.minorticks_off()
