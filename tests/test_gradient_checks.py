@@ -263,3 +263,13 @@ def test_saturation_counts_gaps_above_80_and_losses_that_are_exactly_0():
     # a wrong answer loses nothing of its loss, however sure it is
     assert saturation(logits, y + 1) == (0.25, 0.0)
     assert saturation(logits[:0], y[:0]) == (0.0, 0.0)
+
+
+@pytest.mark.parametrize(("factor", "trusted"), [(1.0, True), (-1.0, False)])
+def test_a_copy_in_float64_that_answers_otherwise_is_not_trusted(factor, trusted):
+    class Twin(Wrapper):
+        def after(self, logits):
+            return logits * (factor if logits.dtype == torch.float64 else 1.0)
+
+    x, y = images(8)
+    assert (Subject(Twin(undefended()).eval(), x, y).exact is not None) == trusted

@@ -1,11 +1,15 @@
 """The whole way: every known-bad model ends suspect or void under `bench run`, every honest one credible."""
 
 import broken_models as zoo
+import numpy as np
 import pytest
 
 from bench import pipeline, registry
+from bench.data import load
 from bench.errors import VoidRun
+from bench.evaluate import Evaluator
 from bench.finding import verdict
+from bench.judge import Cost
 from bench.record import read_void
 from bench.session import prepare
 
@@ -68,3 +72,55 @@ def test_trained_defenses_are_credible(name, protocol, tmp_path_factory):
     session = prepare(name, "digits", protocol, results=folder, quiet=True)
     (record,) = pipeline.run_session(session)
     assert record.verdict == "credible", [str(finding) for finding in record.findings]
+
+
+def specimen(name, monkeypatch, folder, **asked):
+    others = {key: one for key, one in registry._registered.items() if key != "specimen"}
+    monkeypatch.setattr(registry, "_registered", others)
+    registry.register("specimen")(lambda data: zoo.ZOO[name].build())
+    return prepare("specimen", "digits", results=folder, quiet=True, **asked)
+
+
+def test_the_images_that_the_audit_looks_at_are_not_the_first_ones(tmp_path, monkeypatch):
+    """A model that is honest on the first images and hardened after them must not get by."""
+    looked_at = []
+
+    def look(*models, outcomes, **asked):
+        looked_at.append(outcomes.labels.index.to_numpy())
+        return [], Cost()
+
+    monkeypatch.setattr("bench.audit.run.probe", look)
+    session = specimen("linear", monkeypatch, tmp_path, protocol="quick", samples=300)
+    (record,) = pipeline.run_session(session)
+    outcomes = record.outcomes()
+    clean = outcomes[outcomes.column == "clean"]
+    right = np.sort(clean["index"][clean.robust].to_numpy())
+    assert len(looked_at[0]) == 128 < len(right)
+    assert set(looked_at[0]) <= set(right) and set(looked_at[0]) != set(right[:128])
+
+
+def test_the_images_that_the_contract_looks_at_follow_the_seed():
+    split = load("digits").test
+    asked = [
+        Evaluator(zoo.linear(), classes=10, split=split, seed=seed, success="any")._asked_twice
+        for seed in (0, 1)
+    ]
+    assert not np.array_equal(asked[0], np.arange(len(asked[0]))) and not np.array_equal(*asked)
+
+
+def test_a_random_model_is_another_run_with_another_batch_size_even_by_single_draws(tmp_path, monkeypatch):
+    protocol = tmp_path / "single.toml"
+    protocol.write_text('name = "single"\nrandom_eot = 1\n[[column]]\nattack = "fgsm"\n')
+    keys = set()
+    for size in (2, 3):
+        session = specimen(
+            "gaussian noise",
+            monkeypatch,
+            tmp_path,
+            protocol=str(protocol),
+            samples=4,
+            batch_size=size,
+            insist=True,
+        )
+        keys |= {record.asked.key for record in pipeline.run_session(session)}
+    assert len(keys) == 2

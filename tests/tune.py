@@ -1,4 +1,4 @@
-"""Chooses the `tiny` recipes on held-out training images, every defense with the same number of tries.
+"""Compares one or two settings of the `tiny` recipes on held-out training images, every defense with four tries.
 
     python tests/tune.py [DEFENSE…] > results/measured/tuning.csv
 
