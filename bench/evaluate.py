@@ -54,6 +54,7 @@ class Evaluator:
         precision: of gradients; judging is float32.
         device: where.
         surrogates: other trained models, by the column that crafts on them.
+        trained: whether the model is; of one that is not, only the cost is of interest.
 
     Raises:
         VoidRun: the model does not give finite float logits `(b, classes)`.
@@ -70,6 +71,7 @@ class Evaluator:
         precision: Precision = "fp32",
         device: torch.device | str = "cpu",
         surrogates: Mapping[str, nn.Module] | None = None,
+        trained: bool = True,
     ) -> None:
         self.model = model.to(device).eval().requires_grad_(False)
         self.classes, self.split, self.seed, self.success = classes, split, seed, success
@@ -88,7 +90,8 @@ class Evaluator:
         with exact_arithmetic(), before_any_attack(), seeded((seed, "probe"), 0, self.device):
             self._first = judge.logits(x, x, None)
             self._parameters = fingerprint(self.model)
-            self.contract = contract(self.model, x, y, classes=classes, adaptive=self.mixture is not None)
+            found = contract(self.model, x, y, classes=classes, adaptive=self.mixture is not None)
+            self.contract = found if trained else found.untrained()
             self.random = self.contract.facts.randomness == "stochastic"
             # noise too small to matter, or always the same: such a model is attacked like any other
             self.draws = self.contract.facts.randomness != "deterministic"
@@ -227,6 +230,7 @@ class Evaluator:
             surrogate=self.surrogates.get(first.family),
             found=found,
             radius=radius,
+            rounds=not self.draws,
         )
         if any(column.survivors for column in program.columns) and not self.random:
             for column in program.columns:

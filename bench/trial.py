@@ -59,6 +59,7 @@ class Trial:
         at_once: how many images gradients are taken of in one pass.
         found: if wanted, where the adversarial images at the protocol's radius are kept.
         radius: that radius.
+        rounds: whether gradients are a function of the image alone, so that iterates that come again need no more of them.
     """
 
     program: Program
@@ -76,6 +77,7 @@ class Trial:
     surrogate: nn.Module | None = None
     found: Found | None = None
     radius: float = 0.0
+    rounds: bool = False
 
     #: whether an image that is broken is attacked no further
     leaves = True
@@ -196,6 +198,7 @@ class Trial:
                 random_start=first.random_start,
                 eot=self.samples(first.eot),
                 witness=witness if self.leaves and self.success == "any" else None,
+                rounds=self.rounds,
             )
             with naming(rows):
                 for step, x_adv in runs:
@@ -269,6 +272,7 @@ class Trial:
                         eot=self.samples(column.eot),
                         witness=witness if self.leaves else None,
                         wrong=aim.wrong,
+                        rounds=self.rounds,
                     )
                     with naming(rows):
                         ((_, here),) = ends
@@ -302,6 +306,7 @@ class Trial:
             milestones=[column.steps],
             loss=LOSSES["margin"],
             step_size=column.step_size,
+            rounds=self.rounds,
         )
         with naming(rows):
             ((step, x_adv),) = ends

@@ -246,6 +246,98 @@ def test_an_image_that_the_witness_does_not_confirm_is_attacked_on():
     assert sizes == [6, 6, 6, 6]
 
 
+class Asked:
+    """A model that counts the images it is asked about."""
+
+    def __init__(self, model):
+        self.model, self.images = model, 0
+
+    def __call__(self, x):
+        self.images += len(x)
+        return self.model(x)
+
+
+@pytest.mark.parametrize("period", [1, 2, 4])
+@pytest.mark.parametrize("norm, every", [("Linf", 1), ("Linf", 3), ("L2", 1)])
+def test_iterates_that_go_round_are_known_without_asking(period, norm, every):
+    # the slope of each pixel turns as the pixel crosses a grid line, so that the iterates go back and forth
+    def model(x):
+        z = (torch.cos(1.7 * period * torch.pi * x) * (period > 1) + 0.3 * x).flatten(1).sum(1)
+        return torch.stack([-z, z], 1)
+
+    x, rng = points(12), Rng(0, images=range(12))
+    y, milestones = torch.zeros(12, dtype=torch.long), [1, 2, 3, 31, 38, 60]
+    ask = {"rng": rng, "milestones": milestones, "loss": margin}
+    patient, quick = Asked(model), Asked(model)
+    threat = threat_model(norm, 0.2)
+    expected = list(trajectory(patient, x, y, threat, **ask))
+    found = list(trajectory(quick, x, y, threat, **ask, rounds=True, every=every))
+    assert patient.images == 12 * 60
+    assert quick.images < patient.images / 2 or norm == "L2"
+    for (_, one), (_, other) in zip(found, expected, strict=True):
+        assert torch.equal(one, other)
+
+
+def test_rounds_of_a_network_are_found_whatever_their_images_do():
+    model, x = small_net(), points(16)
+    y = model(x).argmax(1)
+    ask = {"rng": Rng(0, images=range(16)), "milestones": [5, 40, 77, 100]}
+    patient, quick = Asked(model), Asked(model)
+    expected = list(trajectory(patient, x, y, Linf(0.02), **ask))
+    found = list(trajectory(quick, x, y, Linf(0.02), **ask, rounds=True))
+    assert quick.images < patient.images / 2
+    for (_, one), (_, other) in zip(found, expected, strict=True):
+        assert torch.equal(one, other)
+
+
+def test_nothing_goes_round_where_nobody_said_that_it_may():
+    model, x, y, rng = scene(6)
+    noisy = Asked(model)
+    list(trajectory(noisy, x, y, Linf(0.01), rng=rng, milestones=[30]))
+    assert noisy.images == 6 * 30
+
+
+@pytest.mark.parametrize("rounds", [False, True])
+@pytest.mark.parametrize("every", [2, 3, 50])
+def test_waiting_for_the_device_less_often_breaks_the_same_images_at_the_same_step(every, rounds):
+    model, x, y, rng = scene()
+    eps = 1.5 * float(model.margin(x).median())
+
+    def attacked(every):
+        broke = {}
+
+        def witness(step, rows, x_adv):
+            confirmed = model(x_adv).argmax(1) != y[rows]
+            broke.update({int(row): step for row in rows[confirmed]})
+            return confirmed
+
+        ask = {"rng": rng, "milestones": [4, 20], "step_size": eps / 10, "witness": witness}
+        return broke, list(trajectory(model, x, y, Linf(eps), **ask, every=every, rounds=rounds))
+
+    (broke, images), (broke_later, images_later) = attacked(1), attacked(every)
+    assert broke and broke == broke_later and len(set(broke.values())) > 2
+    for (_, one), (_, other) in zip(images, images_later, strict=True):
+        assert torch.equal(one, other)
+
+
+@pytest.mark.parametrize("every", [1, 4])
+def test_a_nan_on_the_way_is_an_error_that_knows_its_row(every):
+    net, x = small_net(), points(5)
+    calls = []
+
+    def model(z):
+        calls.append(len(z))
+        # only in one call, so that nobody who looks later sees it in an iterate
+        return (
+            net(z)
+            * torch.where(torch.arange(len(z)) == 3, float("inf") if len(calls) == 2 else 1, 1)[:, None]
+        )
+
+    with pytest.raises(NonFinite, match="logits are NaN") as caught:
+        list(trajectory(model, x, net(x).argmax(1), Linf(0.1), rng=Rng(0), milestones=[8], every=every))
+    assert caught.value.rows == [3] and len(calls) == max(2, every)
+
+
 @pytest.mark.parametrize("loss", LOSSES.values(), ids=LOSSES)
 def test_the_input_gradient_is_the_numerical_one(loss):
     model = small_net().double()

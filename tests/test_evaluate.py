@@ -74,7 +74,8 @@ def test_later_restarts_see_only_survivors():
     eps = float(model.margin(points()).median()) * 1.001
     asked = columns({"attack": "ms-pgd", "steps": 20, "restarts": 3}, eps=eps)
     _, (batch,) = evaluate(model, data, asked)
-    assert batch.costs["ms-pgd"].gradients == 20 * (24 + 12 + 12)
+    # eight steps of a quarter reach the far corner of the ball, and four more show that it stays there
+    assert batch.costs["ms-pgd"].gradients == 12 * (24 + 12 + 12)
 
 
 def test_an_image_is_charged_to_the_first_start_that_breaks_it():

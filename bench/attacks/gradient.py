@@ -26,18 +26,40 @@ def input_gradient(
         NonFinite: a logit or a gradient is NaN or infinite.
         VoidRun: the model's output does not depend differentiably on its input.
     """
+    gradient, logits = unchecked_gradient(model, x, y, loss, eot)
+    refuse_nonfinite(~finite(logits), ~finite(gradient))
+    return gradient, logits
+
+
+def unchecked_gradient(
+    model: Model, x: Images, y: Labels, loss: AttackLoss, eot: int = 1
+) -> tuple[Tensor, Logits]:
+    """As `input_gradient`, but without waiting for the device to see that all is finite."""
     assert eot >= 1, f"eot must be at least 1, not {eot}"
     at_once = getattr(model, "at_once", None) or len(x)
     found = [
         _mean([_one_pass(model, some, labels, loss) for _ in range(eot)])
         for some, labels in zip(torch.split(x, at_once), torch.split(y, at_once), strict=True)
     ]
-    gradient, logits = torch.cat([g for g, _ in found]), torch.cat([z for _, z in found])
-    for what, values in (("logits", logits), ("gradients", gradient)):
-        finite = values.flatten(1).isfinite().all(1)
-        if not finite.all():
-            raise NonFinite(what, (~finite).nonzero().flatten().tolist())
-    return gradient, logits
+    if len(found) == 1:
+        return found[0]
+    return torch.cat([g for g, _ in found]), torch.cat([z for _, z in found])
+
+
+def finite(values: Tensor) -> Tensor:
+    """Which rows are without NaN and infinity, bool `(b,)`."""
+    return values.flatten(1).isfinite().all(1)
+
+
+def refuse_nonfinite(logits: Tensor, gradients: Tensor) -> None:
+    """Raises if a row was marked, in either of these bool `(b,)`.
+
+    Raises:
+        NonFinite: a logit or a gradient is NaN or infinite.
+    """
+    for what, odd in (("logits", logits), ("gradients", gradients)):
+        if odd.any():
+            raise NonFinite(what, odd.nonzero().flatten().tolist())
 
 
 def _one_pass(model: Model, x: Images, y: Labels, loss: AttackLoss) -> tuple[Tensor, Logits]:

@@ -2,17 +2,20 @@
 
     x₀ ~ U(ball),   xₜ = Π(xₜ₋₁ + step_size · sign ∇ₓ L(f(xₜ₋₁), y))
 
-PGD-10, PGD-20 and PGD-100 with one start and one step size are one trajectory, read at its milestones.
+PGD-10, PGD-20 and PGD-100 with one start and one step size are one trajectory, read at its milestones. Where the network
+is close to linear within the ball, the iterates soon go round among the same few images; these are then known for every
+later step, and cost no further gradient.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from bench.attacks.gradient import input_gradient, naming
+from bench.attacks.gradient import finite, naming, refuse_nonfinite, unchecked_gradient
 from bench.attacks.losses import AttackLoss, cross_entropy
 from bench.rng import Rng
 from bench.threat import ThreatModel
@@ -22,6 +25,11 @@ from bench.types import Images, Labels, Model
 Belief = Callable[[Tensor, Labels], Tensor]
 #: `(step, rows, images of those rows) -> which of them are broken`, bool
 Witness = Callable[[int, Tensor, Images], Tensor]
+
+#: the longest round of iterates that is recognised; rounds of one and of two are found as well
+PERIOD = 4
+#: after how many steps a GPU is waited for, to see which images are done
+EVERY = 8
 
 
 def pgd(
@@ -77,6 +85,8 @@ def trajectory(
     eot: int = 1,
     witness: Witness | None = None,
     wrong: Belief | None = None,
+    rounds: bool = False,
+    every: int | None = None,
 ) -> Iterator[tuple[int, Images]]:
     """`(step, images)` at each milestone in rising order; the images are the iterate after that many steps.
 
@@ -84,24 +94,85 @@ def trajectory(
     stay as they are and cost no further gradient. Which iterates it is shown follows from the logits that the gradient
     needs anyway; the iterate at a milestone it is not shown. `wrong` says what that is where `model` gives something other
     than logits.
+
+    With `rounds`, an image whose iterate is the one of `PERIOD` steps before, bit for bit, costs no further gradient
+    either: its iterates go round from there on. Only where the gradient is a function of the image alone is that so.
+
+    Every so many steps (`every`: 1 on a CPU, else `EVERY`) and at milestones the images that are done leave the batch; in
+    between nothing waits for the device. The witness is then shown, of the iterates since, the first that `model` got wrong.
+
+    Raises:
+        NonFinite: a logit or a gradient is NaN or infinite.
     """
     step_size = threat.eps / 4 if step_size is None else step_size
+    every = every or (1 if x.device.type == "cpu" else EVERY)
     if start is not None:
-        x_adv = threat.project(start, x)
+        start = threat.project(start, x)
     else:
-        x_adv = threat.random_start(x, rng.at("start")) if random_start else x.clone()
-    rows = torch.arange(len(x), device=x.device)
+        start = threat.random_start(x, rng.at("start")) if random_start else x.clone()
+    # step t at place t modulo their number; what is not known yet equals nothing
+    iterates = x.new_full((PERIOD if rounds else 2, *x.shape), torch.nan)
+    iterates[0] = start
+    rows, own, labels = torch.arange(len(x), device=x.device), x, y
+    seen = _Seen.nothing(start)
     for step in range(1, max(milestones, default=0) + 1):
+        before, after = iterates[(step - 1) % len(iterates)], iterates[step % len(iterates)]
         if len(rows) > 0:
-            here = x_adv[rows]
+            here = before[rows]
             with naming(rows):
-                gradient, logits = input_gradient(model, here, y[rows], loss, eot)
-            if witness is not None:
-                believed = logits.argmax(1) != y[rows] if wrong is None else wrong(logits, y[rows])
-                broken = torch.zeros_like(believed)
-                if believed.any():
-                    broken[believed] = witness(step - 1, rows[believed], here[believed])
-                rows, here, gradient = rows[~broken], here[~broken], gradient[~broken]
-            x_adv[rows] = threat.project(here + step_size * threat.ascent(gradient), x[rows])
+                gradient, logits = unchecked_gradient(model, here, labels, loss, eot)
+            believed = logits.argmax(1) != labels if wrong is None else wrong(logits, labels)
+            seen.add(step - 1, here, believed, logits, gradient)
+            there = threat.project(here + step_size * threat.ascent(gradient), own)
+            if rounds:
+                seen.again = seen.again | (there == after[rows]).flatten(1).all(1)
+            after[rows] = there
+            if step % every == 0 or step in milestones:
+                with naming(rows):
+                    refuse_nonfinite(seen.odd_logits, seen.odd_gradients)
+                broken = _confirmed(seen, rows, witness)
+                iterates[:, rows[broken]] = seen.images[broken]
+                stay = ~(broken | seen.again)
+                rows, own, labels = rows[stay], own[stay], labels[stay]
+                seen = _Seen.nothing(there[stay])
         if step in milestones:
-            yield step, x_adv.clone()
+            yield step, iterates[step % len(iterates)].clone()
+
+
+@dataclass
+class _Seen:
+    """What was seen of the images in the batch since it was last asked, none of which waits for the device.
+
+    The first `images` that were `believed` broken, at which `step`; whether an iterate came `again`; what was not finite.
+    """
+
+    images: Images
+    step: Tensor
+    believed: Tensor
+    again: Tensor
+    odd_logits: Tensor
+    odd_gradients: Tensor
+
+    @classmethod
+    def nothing(cls, images: Images) -> _Seen:
+        no = torch.zeros(len(images), dtype=torch.bool, device=images.device)
+        return cls(images, no.long(), no, no, no, no)
+
+    def add(self, step: int, images: Images, believed: Tensor, logits: Tensor, gradient: Tensor) -> None:
+        first = believed & ~self.believed
+        self.images = torch.where(first[:, None, None, None], images, self.images)
+        self.step = torch.where(first, step, self.step)
+        self.believed = self.believed | believed
+        self.odd_logits = self.odd_logits | ~finite(logits)
+        self.odd_gradients = self.odd_gradients | ~finite(gradient)
+
+
+def _confirmed(seen: _Seen, rows: Tensor, witness: Witness | None) -> Tensor:
+    """Which of the images that are believed broken are so, bool `(b,)`; none where there is nobody to ask."""
+    broken = torch.zeros_like(seen.believed)
+    if witness is None or not seen.believed.any():
+        return broken
+    for step in torch.unique(seen.step[seen.believed]).tolist():
+        shown = seen.believed & (seen.step == step)
+        broken[shown] = witness(step, rows[shown], seen.images[shown])
+    return broken
