@@ -121,8 +121,12 @@ def trajectory(
             here = before[rows]
             with naming(rows):
                 gradient, logits = unchecked_gradient(model, here, labels, loss, eot)
-            believed = logits.argmax(1) != labels if wrong is None else wrong(logits, labels)
-            seen.add(step - 1, here, believed, logits, gradient)
+            if witness is not None:
+                seen.believe(
+                    step - 1, here, logits.argmax(1) != labels if wrong is None else wrong(logits, labels)
+                )
+            seen.odd_logits = seen.odd_logits | ~finite(logits)
+            seen.odd_gradients = seen.odd_gradients | ~finite(gradient)
             there = threat.project(here + step_size * threat.ascent(gradient), own)
             if rounds:
                 seen.again = seen.again | (there == after[rows]).flatten(1).all(1)
@@ -158,13 +162,11 @@ class _Seen:
         no = torch.zeros(len(images), dtype=torch.bool, device=images.device)
         return cls(images, no.long(), no, no, no, no)
 
-    def add(self, step: int, images: Images, believed: Tensor, logits: Tensor, gradient: Tensor) -> None:
-        first = believed & ~self.believed
+    def believe(self, step: int, images: Images, broken: Tensor) -> None:
+        first = broken & ~self.believed
         self.images = torch.where(first[:, None, None, None], images, self.images)
         self.step = torch.where(first, step, self.step)
-        self.believed = self.believed | believed
-        self.odd_logits = self.odd_logits | ~finite(logits)
-        self.odd_gradients = self.odd_gradients | ~finite(gradient)
+        self.believed = self.believed | broken
 
 
 def _confirmed(seen: _Seen, rows: Tensor, witness: Witness | None) -> Tensor:
