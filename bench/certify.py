@@ -24,12 +24,14 @@ are a diagnostic and say nothing against a model whose radius is small.
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
 from bench.errors import UsageError
+from bench.finding import Finding
 from bench.types import Images
 
 #: what a certificate without a radius is called in tables
@@ -153,6 +155,32 @@ def margin(probabilities: Tensor) -> Tensor:
     """The largest probability less the second largest, `(b, k)` to `(b,)`."""
     best = probabilities.topk(2, dim=1).values
     return best[:, 0] - best[:, 1]
+
+
+def told(model: nn.Module, x: Images) -> list[Finding]:
+    """What a model's own certificate says of these images, and how near its route turns: notes, none of a model without one.
+
+    Args:
+        model: in eval mode; `certificate` and `gate` are asked for.
+        x: two or more images.
+    """
+    certificate = getattr(model, "certificate", None)
+    if certificate is None:
+        return []
+    found = certificate(x)
+    said = found.about if found.radius is None else f"{_spread(found.radius)} certified; {found.about}"
+    # a model of two mixtures has a gate over pairs of experts, which is linear in no image
+    with suppress(UsageError):
+        with torch.no_grad():
+            scores = model.gate(x)  # type: ignore[operator]
+        radii = route_radius(pixel_rows(model.gate, x), scores)  # type: ignore[arg-type]
+        said += f"; the route of a linear router turns at {_spread(radii)}"
+    advice = "a radius is a proof, and where there is none, attacks are all there is"
+    return [Finding(code="certificate", severity="informs", evidence=said, advice=advice)]
+
+
+def _spread(radii: Tensor) -> str:
+    return f"{float(radii.median()):.2g} (median of {len(radii)} images; {float(radii.min()):.2g} to {float(radii.max()):.2g})"
 
 
 def _distances(rows: Tensor) -> Tensor:

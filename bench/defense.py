@@ -141,7 +141,7 @@ def follow(loss: Tensor, optimisers: Sequence[SGD]) -> None:
 class Defense(Generic[C]):
     """A method: its settings, its network and its training."""
 
-    #: the settings of each recipe: `tiny` (two CPU cores), `fast` (one GPU), `paper`
+    #: the settings of each recipe: `tiny` (two CPU cores), `fast` (one GPU), `paper`, and others of its own
     recipes: ClassVar[Mapping[str, object]] = {}
     #: how the paper's tables call it, for `--published`; None where no paper prints it
     published_as: ClassVar[str | None] = None

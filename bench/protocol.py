@@ -58,7 +58,7 @@ SOFT = ("frozen-gate", "all-experts", "per-expert")
 #: the column that says which images every expert holds under its own attack
 BOUND = "every-expert"
 #: what is told of a hard mixture besides: the clean image's expert under its own attack, and the expert that an attack on
-#: the gate alone chooses, asked for the clean image (RA-E and RA-R of RT-ER's paper, arXiv 2504.19266)
+#: the gate alone chooses, asked for the clean image (RA-E and RA-R of RT-ER's paper, arXiv 2502.06832)
 EXPERT_ATTACKED, ROUTER_ATTACKED = "expert-attacked", "router-attacked"
 #: the images that a mixture's own certificate covers
 CERTIFIED = "certified"

@@ -137,11 +137,11 @@ def prepare(
     if precision not in ("fp32", "bf16"):
         raise UsageError(f"no precision {precision!r}; choose fp32 or bf16")
     jobs = tuple(
-        _job(name, kind, recipe or ("tiny" if dataset == "digits" else "fast"), settings or {})
+        _job(name, kind, _recipe(dataset) if recipe is None else recipe, settings or {})
         for name, kind in kinds.items()
     )
     surrogates = {
-        family: _surrogate(family, "tiny" if dataset == "digits" else "fast")
+        family: _surrogate(family, _recipe(dataset))
         for family in {
             spec.attack for one in asked for spec in one.specs if spec.attack.startswith("transfer:")
         }
@@ -172,6 +172,11 @@ def prepare(
         say=say or (lambda line: None),
         ask=ask,
     )
+
+
+def _recipe(dataset: str) -> str:
+    """What is trained by where nothing is said."""
+    return "tiny" if dataset == "digits" else "fast"
 
 
 def _surrogate(family: str, recipe: str) -> Job:

@@ -35,6 +35,10 @@ COST_SAYS = (
     "G multiply-adds: passes × multiply-adds of one forward pass, in billions (1e9) per image learnt from; "
     "rows are in the order of these, a training whose cost is unknown last"
 )
+REPORTED_SAYS = (
+    "Rows marked 'reported' are what papers and others report of the network and the radius that they name, "
+    "found by their own code, for display only"
+)
 
 #: how values are compared
 _TEST = "exact McNemar test on the same images, Holm over all comparisons, 5 %"
@@ -68,7 +72,8 @@ def render(
         results: the folder.
         format: `text`, `markdown`, `latex` or `csv`.
         layout: `paper`, as the DWF paper's Table 3, or `long`, one row per run and column.
-        published: whether rows of published numbers are added; the long layout and classes have none.
+        published: whether rows of published numbers are added: Table 3's, and what is reported of the defenses that were
+            measured; the long layout and classes have none.
         compare_to: the defense that every other row is tested against on the same images, in the paper's layout.
         per_class: whether the columns are the classes, as in `bench.per_class`, and not the attacks.
         cost: whether columns say what the training cost and rows stand in its order, in the paper's layout.
@@ -185,7 +190,7 @@ def paper(
 
     Args:
         found: the groups.
-        published: whether the rows of the paper's Table 3 stand beside the measured ones.
+        published: whether the rows of the paper's Table 3, and what is reported elsewhere, stand beside the measured ones.
         compare_to: the defense that the other rows of its blocks are tested against.
         cost: whether columns say what the training cost, and rows stand in the order of it.
 
@@ -225,13 +230,18 @@ def _block(alike: list[Group], published: bool, compare_to: str | None, cost: bo
     differs = _set_off_differences(lines, alike, slots, compare_to) if compare_to is not None else ""
     from_paper = printed.rows(alike[0].dataset) if published and alike[0].protocol == PAPER else {}
     unknown = (None,) * len(COST) if cost else ()
-    rows = []
+    rows: list[Row] = []
+    told: dict[str, list[Row]] = {}
     for group, line in zip(alike, lines, strict=True):
         own = notes.marks(text for text in remarks(group) if text not in of_all)
         rows.append(Row(group.label, own, (*line, *(_costs(group) if cost else ())), doubt=doubt(group)))
         name = group.records[0].published_as
         if name in from_paper:
             rows.append(_printed_row(name, from_paper[name], slots, notes, unknown))
+        defense = group.records[0].asked.defense
+        if published and defense not in told:
+            told[defense] = list(_reported_rows(group, slots, notes, unknown))
+            rows += told[defense]
     measured = {group.records[0].published_as for group in alike}
     rows += [
         _printed_row(name, row, slots, notes, unknown)
@@ -243,7 +253,11 @@ def _block(alike: list[Group], published: bool, compare_to: str | None, cost: bo
         protocol=alike[0].protocol,
         title=title(alike[0]),
         marks=marks,
-        caption=(*_caption(alike, slots, bool(from_paper)), *([COST_SAYS] if cost else [])),
+        caption=(
+            *_caption(alike, slots, bool(from_paper)),
+            *([REPORTED_SAYS] if any(told.values()) else []),
+            *([COST_SAYS] if cost else []),
+        ),
         best=_best(credible, slots, aside=len(credible) < len(alike)),
         differs=differs,
         headings=(*(slot.heading for slot in slots), *(COST if cost else ())),
@@ -385,6 +399,23 @@ def _printed_row(
     found = [row.get(slot.asked) if slot.asked else None for slot in slots]
     cells = tuple(None if value is None else Cell(value.accuracy, value.std) for value in found)
     return Row(f"{name}, published", notes.marks(printed.doubts(row)), (*cells, *unknown), published=True)
+
+
+def _reported_rows(
+    group: Group, slots: Sequence[_Slot], notes: Notes, unknown: tuple[None, ...]
+) -> Iterable[Row]:
+    """A row for each network of this defense that was attacked elsewhere as a column asks."""
+    asked = {column.name: column for column in group.records[0].columns}
+    for report in printed.reports(group.dataset, group.records[0].asked.defense):
+        found = [report.of(asked[slot.name]) if slot.name in asked else None for slot in slots]
+        shown = [one for one in found if one is not None]
+        if all(one.attack == "clean" for one in shown):
+            continue
+        said = [f"{shown[0].norm}, eps {report.eps}; {one.source}" for one in shown]
+        marks = notes.marks([*said, *(one.note for one in shown if one.note)])
+        cells = tuple(None if one is None else Cell(one.accuracy) for one in found)
+        label = f"{report.name} ({report.architecture}), reported"
+        yield Row(label, marks, (*cells, *unknown), published=True)
 
 
 def _caption(alike: Sequence[Group], slots: Sequence[_Slot], published: bool) -> Iterable[str]:

@@ -16,6 +16,7 @@ from bench.certify import (
     pixel_rows,
     route_radius,
     soft_radius,
+    told,
 )
 from bench.errors import UsageError
 
@@ -211,3 +212,34 @@ def test_a_layers_slope_is_reached_and_never_exceeded(layer):
 def test_what_cannot_be_certified_says_so():
     none = Certificate.none("it is a rock")
     assert none.radius is None and none.about == f"{NOT_APPLICABLE}: it is a rock"
+
+
+class Told(nn.Module):
+    """A mixture with a linear gate whose route turns at a known distance: a quarter of what the score grows by."""
+
+    def __init__(self, about, linear=True):
+        super().__init__()
+        self.about, self.linear = about, linear
+
+    def certificate(self, x):
+        return self.about
+
+    def gate(self, x):
+        score = x.flatten(1).sum(1) if self.linear else x.flatten(1).square().sum(1)
+        return torch.stack([score, torch.zeros_like(score)], 1)
+
+
+@pytest.mark.parametrize(
+    ("about", "linear", "said"),
+    [
+        (Certificate.none("it jumps"), True, "NOT APPLICABLE: it jumps; the route of a linear router turns at 0.5 "),
+        (Certificate.none("it jumps"), False, "NOT APPLICABLE: it jumps"),
+        (Certificate(torch.tensor([0.1, 0.2, 0.3]), "proof"), False, "0.2 (median of 3 images; 0.1 to 0.3) certified; proof"),
+    ],
+)  # fmt: skip
+def test_what_is_proved_of_a_run_is_told_in_its_notes(about, linear, said):
+    x = torch.stack([torch.full((1, 2, 2), value) for value in (0.25, 0.5, 0.75)])
+    (note,) = told(Told(about, linear), x)
+    assert note.severity == "informs" and note.evidence.startswith(said)
+    assert ("turns at" in note.evidence) == linear
+    assert told(nn.Linear(4, 2), x) == []

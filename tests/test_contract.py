@@ -165,6 +165,29 @@ def test_the_generator_that_is_drawn_from_is_named():
     assert "a generator of its own" in evidence(look(ZOO["private rare misroute"].build()), "random-forward")
 
 
+class Switching(nn.Module):
+    """Answers with one of two networks, drawn anew for every image, and tells how that comes out on average."""
+
+    def __init__(self, share):
+        super().__init__()
+        self.one, self.other, self.share = undefended(), undefended(), share
+
+    def forward(self, x):
+        first = torch.rand(len(x), 1) < 0.5
+        return torch.where(first, self.one(x), self.other(0.2 * x))
+
+    def expected_log_probabilities(self, x):
+        one, other = self.one(x).softmax(1), self.other(0.2 * x).softmax(1)
+        return (self.share * one + (1 - self.share) * other).log()
+
+
+@pytest.mark.parametrize(("share", "severity"), [(0.5, "informs"), (0.7, "warns")])
+def test_chance_is_no_fault_where_its_mean_is_told_and_true(share, severity):
+    found = look(Switching(share).eval())
+    (one,) = (finding for finding in found.findings if finding.code == "random-forward")
+    assert one.severity == severity and "exact expectation" in one.evidence
+
+
 def test_the_buffer_that_changes_is_named():
     assert evidence(look(wrapped(ChangesBuffer)), "stateful") == "a forward pass changes seen"
 

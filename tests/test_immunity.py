@@ -275,8 +275,11 @@ def test_an_expectation_is_offered_only_where_it_is_exact():
     assert many(batch()[0].float()).shape == (6, 3)
 
 
-def test_the_worst_draw_is_no_better_than_the_mean_and_the_best_no_worse():
+@pytest.mark.parametrize("attacked", [False, True], ids=["clean", "attacked"])
+def test_the_worst_draw_is_no_better_than_the_mean_and_the_best_no_worse(attacked):
     model, (x, y) = mixture(), batch(30)
+    if attacked:
+        x = pgd(model.expected_log_probabilities, x, y, Linf(0.05), rng=Rng(0), steps=5)
     seen = observe(model, x, y)
     right = torch.stack([answer.argmax(1) == y for answer in model.draws(x)]).float()
     assert seen.mean_accuracy == pytest.approx(float(right.mean()))

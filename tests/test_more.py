@@ -232,6 +232,16 @@ def test_with_one_clean_expert_stage_one_is_standard_training():
     torch.testing.assert_close(stage.loss(model, x, y, Rng(0)), F.cross_entropy(one(x), y))
 
 
+def test_before_stage_two_every_expert_answers_in_the_mixture_as_it_was_trained_alone(tmp_path):
+    model = train(more(gate_epochs=0), DATA, seed=0, folder=tmp_path, quiet=True).model.double()
+    x, y = batch(60)
+    right = [float((alone(model, i)(x).argmax(1) == y).double().mean()) for i in range(EXPERTS)]
+    found = (model.all_outputs(x).argmax(2) == y[:, None]).double().mean(0)
+    assert found.tolist() == pytest.approx(right) and len(set(found.tolist())) > 1
+    for i in range(EXPERTS):
+        torch.testing.assert_close(model.all_outputs(x)[:, i], alone(model, i)(x))
+
+
 def test_trained_by_the_harness_stage_two_keeps_what_stage_one_made_of_the_backbones(tmp_path):
     first = train(more(gate_epochs=0), DATA, seed=0, folder=tmp_path / "a", quiet=True).model
     whole = train(more(), DATA, seed=0, folder=tmp_path / "b", quiet=True)

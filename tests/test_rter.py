@@ -1,6 +1,9 @@
 """RT-ER: how it routes, what it minimises, the limits in which it is something known, and how far its routes hold."""
 
+import contextlib
 import copy
+import os
+import signal
 
 import pytest
 import torch
@@ -15,14 +18,16 @@ from bench.attacks.losses import cross_entropy
 from bench.attacks.mixture import runs
 from bench.attacks.pgd import pgd
 from bench.config import replaced
+from bench.defense import Stage
 from bench.divergence import kl
-from bench.errors import CheckpointError, NonFinite, UsageError
+from bench.errors import CheckpointError, Interrupted, NonFinite, UsageError
 from bench.fast import fast
 from bench.moe import Experts
 from bench.rng import Rng
 from bench.threat import Linf
 from bench.train import initial, train
 from defenses import pgd_at
+from defenses.jtdmoe import JTDMoE
 from defenses.pgd_at import PGDAT
 from defenses.rter import (
     RTER,
@@ -32,6 +37,7 @@ from defenses.rter import (
     as_adam,
     crafted,
     cyclic,
+    dropped,
     objective,
     pick,
     resnet_slope,
@@ -325,10 +331,48 @@ def test_the_published_recipe_is_adams_and_the_others_are_sgds():
     assert {name: recipe.optimiser for name, recipe in RTER.recipes.items()} == {
         "tiny": "sgd",
         "fast": "sgd",
+        "sgd": "sgd",
         "paper": "adam",
     }
     paper = RTER.recipes["paper"]
     assert (cyclic(0, paper), cyclic(500, paper), cyclic(1000, paper)) == pytest.approx((5e-5, 1e-4, 5e-5))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# SGD, at full length
+
+
+@pytest.mark.parametrize("kind", [RTER, JTDMoE])
+def test_the_recipe_sgd_is_full_length_and_its_rate_falls_near_the_end(kind):
+    c = kind.recipes["sgd"]
+    (stage,) = kind(c).stages(DATA)
+    assert (stage.epochs, stage.batch_size, stage.lr) == (110, 128, 0.1)
+    assert (stage.momentum, stage.weight_decay, c.optimiser) == (0.9, 5e-4, "sgd")
+    rates = {epochs: dropped(epochs, c) for epochs in (0, 99, 100, 104, 105, 109)}
+    assert rates == pytest.approx({0: 0.1, 99: 0.1, 100: 0.01, 104: 0.01, 105: 0.001, 109: 0.001})
+
+
+@pytest.mark.parametrize("kind", [RTER, JTDMoE])
+def test_each_epoch_is_trained_at_its_rate_even_if_every_step_is_interrupted(kind, tmp_path, monkeypatch):
+    settings = {"width": 4, "steps": 1, "beta": 0, "batch_size": 18, "epochs": 3, "drops": (1, 2), "lr": 0.1}
+    defense = kind(replaced(kind.recipes["tiny"], settings))
+    rates, whole, real = [], Stage.step, torch.optim.SGD.step
+
+    def interrupted(*given):
+        os.kill(os.getpid(), signal.SIGINT)
+        return whole(*given)
+
+    def step(self):
+        rates.append(self.param_groups[0]["lr"])
+        real(self)
+
+    monkeypatch.setattr(Stage, "step", interrupted)
+    monkeypatch.setattr(torch.optim.SGD, "step", step)
+    for _ in range(20):
+        with contextlib.suppress(Interrupted):
+            train(defense, DATA, seed=0, folder=tmp_path, quiet=True)
+    each = len(rates) // 3
+    assert each > 1 and rates == pytest.approx([0.1] * each + [0.01] * each + [0.001] * each)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -1,6 +1,7 @@
 """Tables print what was measured, set off the best, and never mix it with what was published."""
 
 import csv
+import importlib
 import io
 import re
 import shutil
@@ -11,10 +12,12 @@ import pytest
 from click.testing import CliRunner
 from made_up import EPS, found, paper_columns, run
 
+from bench import registry
 from bench.cli import commands
 from bench.errors import UnknownName, UsageError
 from bench.long import HEADER, groups
-from bench.published import Printed, doubts, published_dir, rows
+from bench.protocol import ATTACKS, DIAGNOSTIC
+from bench.published import Printed, doubts, published_dir, reports, rows
 from bench.record import ColumnRecord, Facts, finish, folder, read_all, void
 from bench.table import FORMATS, render, render_groups
 from bench.typeset import _latex
@@ -175,6 +178,148 @@ def test_every_published_cell_is_in_the_table():
     }
     assert with_std == {"DWF"}
     assert rows("digits") == {}
+
+
+ADAPTIVE_ASKED = {"steps": 50, "restarts": 1, "norm": "Linf", "epsilon": EPS}
+ASKED_OF_MIXTURES = [
+    ColumnRecord(name="clean", attack="clean"),
+    ColumnRecord(name="pgd-50", attack="pgd", loss="ce", **ADAPTIVE_ASKED),
+    ColumnRecord(name="pgd-50-margin", attack="pgd-margin", loss="margin", **ADAPTIVE_ASKED),
+    ColumnRecord(name="expert-attacked", attack="expert-attacked", diagnostic=True, **ADAPTIVE_ASKED),
+    ColumnRecord(name="router-attacked", attack="router-attacked", diagnostic=True, **ADAPTIVE_ASKED),
+    ColumnRecord(name="autoattack", attack="autoattack", norm="Linf", epsilon=EPS),
+]
+
+
+def reported(results, columns=ASKED_OF_MIXTURES, dataset="cifar10", **said):
+    """Rows that are reported elsewhere beside a measured one, by label; what they say of themselves is in `notes`."""
+    run(results, columns=columns, dataset=dataset, **{"protocol": "mine", **said})
+    found = table(results, published=True)
+    return {row["defense"]: row for row in found if row["defense"].endswith("reported")}
+
+
+def test_what_is_reported_of_a_defense_stands_below_it_where_the_attack_is_the_same(tmp_path):
+    found = reported(tmp_path, defense="rter")
+    assert list(found) == [
+        "RT-ER (four ResNet-18), reported",
+        "RT-ER, run again by others, seed 0 (four ResNet-18), reported",
+        "RT-ER, run again by others, seed 1 (four ResNet-18), reported",
+    ]
+    printed, again, _ = found.values()
+    assert {k: v for k, v in printed.items() if v} == {
+        "dataset": "cifar10",
+        "protocol": "mine",
+        "defense": "RT-ER (four ResNet-18), reported",
+        "source": "published",
+        "SA": "77.81",
+        "pgd 50": "69.09",
+        "expert-attacked 50": "75.71",
+        "router-attacked 50": "72.28",
+        "autoattack": "54.36",
+    }
+    assert (again["SA"], again["pgd 50"], again["autoattack"]) == ("34.22", "32.70", "")
+    assert [row["defense"] for row in table(tmp_path, published=True)] == ["rter", *found]
+
+
+def test_a_reported_number_that_others_could_not_reproduce_says_so(tmp_path):
+    reported(tmp_path, defense="rter")
+    told = " ".join(render(tmp_path, published=True).split())
+    assert (
+        "PGD-50 could not be reproduced: its authors' code run again by others gave 32.70 and 30.51 %" in told
+    )
+    assert "clean accuracy could not be reproduced: its authors' code run again by others gave 34.22" in told
+    assert "Linf, eps 8/255; arXiv 2502.06832" in told and "for display only" in told
+    (label,) = re.findall(r"RT-ER \(four ResNet-18\), reported((?: \[\w\])+)", told)
+    assert len(label.split()) == 4, "its source, and what is known against three of its numbers"
+
+
+def test_a_reported_number_of_another_network_or_radius_names_it(tmp_path):
+    assert set(reported(tmp_path, defense="trades")) == {
+        "TRADES (WRN-34-10), reported",
+        "TRADES in MAIR (ResNet-18), reported",
+    }
+    told = " ".join(render(tmp_path, published=True).split())
+    assert "Linf, eps 0.031; RobustBench Zhang2019Theoretically" in told
+    assert "Linf, eps 8/255; Harry24k/MAIR" in told
+
+
+@pytest.mark.parametrize(
+    "otherwise",
+    [
+        {"dataset": "digits"},
+        {"defense": "jtdmoe"},
+        {"columns": [c.model_copy(update={"epsilon": 2 / 255}) for c in ASKED_OF_MIXTURES]},
+        {"columns": [c.model_copy(update={"norm": "L2"}) for c in ASKED_OF_MIXTURES]},
+        {"columns": [ASKED_OF_MIXTURES[0], ASKED_OF_MIXTURES[2]]},
+        {"columns": [ASKED_OF_MIXTURES[0], ASKED_OF_MIXTURES[1].model_copy(update={"steps": 49})]},
+        {"columns": [ASKED_OF_MIXTURES[0], ASKED_OF_MIXTURES[1].model_copy(update={"restarts": 5})]},
+    ],
+    ids=["dataset", "defense", "radius", "norm", "loss", "steps", "restarts"],
+)
+def test_what_was_asked_otherwise_has_nothing_reported_beside_it(tmp_path, otherwise):
+    assert reported(tmp_path / "same", defense="rter")
+    assert reported(tmp_path / "other", **{"defense": "rter", **otherwise}) == {}
+    assert "reported" not in render(tmp_path / "other", published=True)
+
+
+def test_reported_rows_take_no_part_and_are_asked_for(tmp_path):
+    run(tmp_path, {"pgd-10": 40}, dataset="cifar10", defense="awp")
+    run(tmp_path, {"pgd-10": 10}, dataset="cifar10", defense="mart")
+    with_them, without = markdown_rows(tmp_path, published=True), markdown_rows(tmp_path)
+    assert not any("reported" in label for label in without)
+    told = {label: row for label, row in with_them.items() if "reported" in label}
+    # AT-AWP's log, best and last, under PGD-20, and MAIR's three networks under PGD-10
+    assert len(told) == 5 and not any("**" in cell for row in told.values() for cell in row)
+    assert without.items() <= with_them.items()
+    costs = table(tmp_path, published=True, cost=True)
+    assert not any(row["training passes"] for row in costs if "reported" in row["defense"])
+
+
+def test_two_rows_of_a_defense_have_what_is_reported_once(tmp_path):
+    for recipe in ("sgd", "paper"):
+        run(
+            tmp_path,
+            columns=ASKED_OF_MIXTURES,
+            dataset="cifar10",
+            defense="rter",
+            protocol="mine",
+            recipe=recipe,
+        )
+    labels = [row["defense"] for row in table(tmp_path, published=True)]
+    assert labels[0] == "rter [paper]" and labels[-1] == "rter [sgd]" and len(labels) == 5
+
+
+def reported_lines():
+    with (published_dir() / "reported.csv").open(encoding="utf-8", newline="") as file:
+        return list(csv.DictReader(line for line in file if not line.startswith("#")))
+
+
+def test_every_reported_number_is_read_and_says_what_it_is_and_where_it_is_from():
+    lines = reported_lines()
+    assert {line["dataset"] for line in lines} == {"cifar10", "cifar100"}
+    asked = sorted({(line["dataset"], line["defense"]) for line in lines})
+    read = {defense: list(reports(dataset, defense)) for dataset, defense in asked}
+    assert sum(len(report.numbers) for all_of in read.values() for report in all_of) == len(lines)
+    for defense, all_of in read.items():
+        assert registry.get(defense)
+        assert len({(report.name, report.architecture) for report in all_of}) == len(all_of)
+        for report in all_of:
+            clean = [one.accuracy for one in report.numbers if one.attack == "clean"]
+            assert len(clean) < len(report.numbers) and report.architecture
+            for one in report.numbers:
+                assert 0 < one.accuracy <= min(clean, default=100) and one.norm == "Linf" and one.source
+                assert one.attack in (*ATTACKS, *DIAGNOSTIC) and one.eps == pytest.approx(8 / 255, rel=0.02)
+                assert (
+                    (one.steps is None) == (one.restarts is None) == (one.attack in ("clean", "autoattack"))
+                )
+
+
+@pytest.mark.parametrize("defense", ["rter", "fgsm_at", "trades", "mart", "awp", "sparse_moe"])
+def test_the_file_of_a_defense_says_what_is_reported_of_it(defense):
+    text = importlib.import_module(f"defenses.{defense}").__doc__
+    said = text[text.index("\nReported:") : text.index("\nExpect:")]
+    for line in reported_lines():
+        assert line["defense"] != defense or line["accuracy"].removesuffix("0") in said, line
 
 
 @pytest.mark.parametrize("format", ["text", "markdown", "csv"])

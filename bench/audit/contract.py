@@ -40,6 +40,8 @@ REPEATS = 4
 ROUNDING = 1e-5
 #: a quarter of a grey level, in pixel units
 QUARTER = 0.25 / 255
+#: draws that a stated expectation is compared with, and how many times the variance that chance explains it may be off
+MEANS, CHANCE = 50, 3.0
 
 
 @dataclass(frozen=True)
@@ -269,6 +271,22 @@ class Subject:
         return "noisy" if 0 < spread <= ROUNDING else "deterministic"
 
     @cached_property
+    def stated(self) -> float | None:
+        """How far the mean answer that the model states lies from that of its draws, squared, over the variance of those.
+
+        None where it states none as `expected_log_probabilities`.
+        """
+        expected = getattr(self.model, "expected_log_probabilities", None)
+        if expected is None:
+            return None
+        answers = torch.stack([self.logits(self.x, "the same images again") for _ in range(MEANS)])
+        draws = answers if self.output == "probabilities" else answers.softmax(2)
+        self.forwards += len(self.x)
+        stated = self._formed(ask(expected, self.x), len(self.x), "its expectation").exp()
+        chance = draws.var(0) / MEANS
+        return float((draws.mean(0) - stated).square().mean() / chance.mean().clamp_min(ROUNDING**2))
+
+    @cached_property
     def settled(self) -> bool:
         """Whether passes can be compared with each other at all."""
         return self.randomness != "stochastic" and not self.drifts
@@ -433,6 +451,10 @@ def random_forward(s: Subject, threshold: float) -> Evidence:
         f"{s.randomness}: {REPEATS} passes over the same images differ by {s.spread:.2g} of the logits' size, "
         f"{100 * flips:.1f} % of the answers change; {source}"
     )
+    if s.stated is not None:
+        off = f"its exact expectation is off the mean over {MEANS} draws by {s.stated:.2g} times what chance explains"
+        # what is attacked is then no sample of the model but all of it, and what is scored are fresh draws
+        return (f"{evidence}; {off}", "informs") if s.stated < CHANCE else f"{evidence}; {off}"
     # without a generator it is the machine that rounds differently, which no attack can hide behind
     return (evidence, "informs") if s.randomness == "noisy" and not s.sources else evidence
 
