@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from bench.attacks.pgd import pgd
-from bench.model import evaluating
+from bench.crafting import crafting
 from bench.rng import Rng
 from bench.threat import ThreatModel
 from bench.types import Images
@@ -36,7 +36,7 @@ def furthest(
 
     At x itself the gradient is 0, so it begins at `x + noise · N(0,1)`; `noise` and `step_size` in pixel units.
     """
-    with evaluating(model):
+    with crafting(model):
         with torch.no_grad():
             clean = model(x)
         return pgd(

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from bench.attacks.pgd import pgd
+from bench.crafting import crafting
 from bench.data import Split
 from bench.model import evaluating
 from bench.rng import Rng
@@ -63,7 +64,8 @@ class HeldOut:
             for start in range(0, len(self.split), AT_ONCE):
                 x, y = self.split.batch(slice(start, start + AT_ONCE), self.device)
                 if attack is not None:
-                    x = attack(model, x, y, Rng(0, "held-out", start))
+                    with crafting(model):
+                        x = attack(model, x, y, Rng(0, "held-out", start))
                 with torch.no_grad():
                     found.append(model(x).argmax(1) == y)
         return torch.cat(found).cpu()

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn import functional as F
 
+from bench.crafting import mirror
 from bench.types import Images, Labels
 
 #: the largest images, in pixels, on which nine networks are quicker as one; measured on CPUs at 8×8 and at 32×32
@@ -86,14 +87,13 @@ class Experts(nn.Module):
         """The same normalised images `(b, c, h, w)` for every expert to logits `(b, e, k)`."""
         if grouped(x):
             return self.some(x.repeat(1, self.experts, 1, 1), 0, self.experts)
-        return torch.cat([self.some(x, k, k + 1) for k in range(self.experts)], 1)
+        return self._one_by_one([x] * self.experts, 0)
 
     def some(self, x: Tensor, first: int, last: int) -> Tensor:
         """Each expert's own images, `(b, m·c, h, w)` for the `m` experts `first … last-1`, to logits `(b, m, k)`."""
         count = last - first
         if count > 1 and not grouped(x):
-            own = zip(range(first, last), x.chunk(count, 1), strict=True)
-            return torch.cat([self.some(images, k, k + 1) for k, images in own], 1)
+            return self._one_by_one(x.chunk(count, 1), first)
         logits: Tensor
         if count == self.experts:
             logits = self.net(x)
@@ -114,19 +114,37 @@ class Experts(nn.Module):
 
     def state_of(self, first: int, last: int) -> dict[str, Tensor]:
         """The parameters and buffers of some experts, as views into those of all."""
-        tensors = {**dict(self.net.named_parameters()), **dict(self.net.named_buffers())}
         return {
             name: tensor
             if tensor.dim() == 0
             else tensor.reshape(self.experts, -1, *tensor.shape[1:])[first:last].flatten(0, 1)
-            for name, tensor in tensors.items()
+            for name, tensor in self._tensors().items()
         }
+
+    def _tensors(self) -> dict[str, Tensor]:
+        return {**dict(self.net.named_parameters()), **dict(self.net.named_buffers())}
+
+    def _one_by_one(self, own: Sequence[Tensor], first: int) -> Tensor:
+        """The logits of the experts from `first` on, each on its own images, `(b, m, k)`."""
+        # split once for all of them: the gradient of a slice on its own is as large as the weights of all experts
+        split = {
+            name: [tensor] * self.experts if tensor.dim() == 0 else tensor.chunk(self.experts)
+            for name, tensor in self._tensors().items()
+        }
+        network = self._network(1)
+        states = ({name: parts[k] for name, parts in split.items()} for k in range(first, self.experts))
+        return torch.stack(
+            [functional_call(network, state, (images,)) for images, state in zip(own, states, strict=False)],
+            1,
+        )
 
     def _network(self, count: int) -> nn.Module:
         if count not in self._smaller:
             with torch.device("meta"):
                 self._smaller[count] = self.make(copies=count)
-        return self._smaller[count].train(self.training)
+        network = self._smaller[count].train(self.training)
+        mirror(self.net, network)
+        return network
 
 
 class Apart(nn.Module):

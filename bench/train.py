@@ -10,6 +10,7 @@ from __future__ import annotations
 import copy
 import hashlib
 import io
+import itertools
 import math
 import signal
 import threading
@@ -24,6 +25,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from bench.crafting import find_folds
 from bench.data import Dataset, Split
 from bench.defense import Defense, Stage
 from bench.errors import CheckpointError, Interrupted, UsageError, VoidRun
@@ -137,6 +139,7 @@ def train(
     for stage, remembered in zip(stages, state.memory, strict=False):
         stage.memory.update(remembered)
     kept, held = hold_out(data.train, data.classes)
+    find_folds(model, kept.batch(slice(0, 2), device)[0])
     with stopping() as stop, torch.random.fork_rng(devices=_generators()):
         loop = Loop(
             stages=stages,
@@ -482,27 +485,77 @@ def _generators() -> Sequence[int]:
     return range(torch.cuda.device_count()) if used else ()
 
 
+@dataclass(frozen=True)
+class Pace:
+    """How fast a stage is trained, and how long all of it takes."""
+
+    stage: str
+    epochs: int
+    images_per_second: float
+    """that are learnt from, whatever is crafted of them"""
+    seconds: float
+
+
+#: images of the step that is tried first; larger ones follow while a step takes no more than so many seconds
+FEW, ENOUGH = 8, 0.5
+#: seconds of a first step beside which what only a first step does is little
+LONG = 5.0
+
+
+def paces(
+    defense: Defense[Any], data: Dataset, *, device: torch.device | str, precision: Precision
+) -> list[Pace]:
+    """How fast each stage is trained on this device, from a few steps of an untrained network.
+
+    On a GPU they are whole ones. On a CPU a step of few images is tried, and larger ones while that takes half a second; a
+    step of fewer images than a batch says too little by what a step costs whatever its size. Where the number of PGD's
+    steps is drawn, so is the pace.
+    """
+    model = initial(defense, data, 0).to(device).to(memory_format=torch.channels_last).train()
+    stages = list(defense.stages(data))
+    with torch.random.fork_rng(devices=_generators()):
+        if stages:
+            find_folds(model, data.train.batch(slice(0, 2), device)[0])
+        return [_pace(stage, number, model, data, device, precision) for number, stage in enumerate(stages)]
+
+
+def _pace(
+    stage: Stage,
+    number: int,
+    model: nn.Module,
+    data: Dataset,
+    device: torch.device | str,
+    precision: Precision,
+) -> Pace:
+    groups = stage.groups(model) if stage.groups else [model.parameters()]
+    still = [torch.optim.SGD(group, lr=0.0) for group in groups]
+
+    def seconds(images: int, draw: int) -> float:
+        """What a step of so many images takes."""
+        x, y = data.train.batch(slice(0, images), device)
+        x = x.contiguous(memory_format=torch.channels_last)
+        started = time.perf_counter()
+        with _autocast(device, precision):
+            loss = stage.step(model, x, y, Rng(0, "estimate", number, draw), still)
+        # waits until the device has done what it was told
+        loss.item()
+        return time.perf_counter() - started
+
+    batch = min(stage.batch_size, len(data.train))
+    images = batch if torch.device(device).type == "cuda" else min(FEW, batch)
+    for draw in itertools.count():
+        # the first step of a size is slower than those to come: programs are chosen in it, on a GPU for seconds
+        took = seconds(images, 2 * draw)
+        if took < LONG:
+            took = seconds(images, 2 * draw + 1)
+        if images == batch or took > ENOUGH:
+            break
+        images = min(4 * images, batch)
+    return Pace(stage.name, stage.epochs, images / took, stage.epochs * len(data.train) * took / images)
+
+
 def estimate(
     defense: Defense[Any], data: Dataset, *, device: torch.device | str, precision: Precision
 ) -> float:
-    """Seconds that training will take, from one small step of each stage; on a GPU from the second of two whole ones."""
-    model = initial(defense, data, 0).to(device).to(memory_format=torch.channels_last).train()
-    seconds = 0.0
-    autocast = _autocast(device, precision)
-    gpu = torch.device(device).type == "cuda"
-    with torch.random.fork_rng(devices=_generators()):
-        for number, stage in enumerate(defense.stages(data)):
-            x, y = data.train.batch(slice(0, stage.batch_size if gpu else 16), device)
-            still = [
-                torch.optim.SGD(group, lr=0.0)
-                for group in (stage.groups(model) if stage.groups else [model.parameters()])
-            ]
-            # a GPU's first step of a kind spends seconds on choosing its programs
-            for _ in range(2 if gpu else 1):
-                started = time.perf_counter()
-                with autocast:
-                    loss = stage.step(model, x, y, Rng(0, "estimate", number), still)
-                # waits until the device has done what it was told
-                loss.item()
-            seconds += (time.perf_counter() - started) / len(x) * stage.epochs * len(data.train)
-    return seconds
+    """Seconds that training will take."""
+    return sum(pace.seconds for pace in paces(defense, data, device=device, precision=precision))

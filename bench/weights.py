@@ -99,7 +99,7 @@ def _train(session: Session, job: Job, seed: int, folder: Path) -> None:
             seed=seed,
             folder=folder,
             device=session.device,
-            precision=_precision(session, job),
+            precision=precision_of(session, job),
             quiet=session.quiet,
             name=job.name,
         )
@@ -207,7 +207,7 @@ def _try(session: Session, job: Job) -> None:
 
 def _announce(session: Session, job: Job) -> None:
     """Says that a training will take long, and asks whether it shall."""
-    seconds = estimate(job.defense, session.data, device=session.device, precision=_precision(session, job))
+    seconds = estimate(job.defense, session.data, device=session.device, precision=precision_of(session, job))
     if seconds < LONG:
         return
     quicker = [
@@ -223,7 +223,7 @@ def _announce(session: Session, job: Job) -> None:
         raise Interrupted("nothing was trained")
 
 
-def _precision(session: Session, job: Job) -> Precision:
+def precision_of(session: Session, job: Job) -> Precision:
     """What a training runs in: the recipe `fast` is made for a GPU, and there in bfloat16."""
     return "bf16" if job.recipe == "fast" and session.device.type == "cuda" else session.precision
 
@@ -234,7 +234,7 @@ def _training_folder(session: Session, job: Job, seed: int, code: str) -> Path:
         "config": learnt,
         "data": session.data.train.hash,
         "seed": seed,
-        "precision": _precision(session, job),
+        "precision": precision_of(session, job),
         "code": code,
     }
     key = hashlib.sha256(json.dumps(asked, sort_keys=True).encode()).hexdigest()[:12]

@@ -66,6 +66,7 @@ from bench.attacks.losses import cross_entropy
 from bench.attacks.mixture import Aim
 from bench.attacks.pgd import pgd
 from bench.config import AtLeastOne, NotNegative, Radius, Rate, config
+from bench.crafting import crafting
 from bench.data import Dataset
 from bench.defense import Defense, Stage, follow
 from bench.divergence import kl
@@ -371,7 +372,7 @@ def crafted(model: RoutedNet, x: Images, threat: Linf, c: Config, rng: Rng) -> I
         e = model.experts_count
         return kl(clean[:, :-e], now[:, :-e]) + kl(clean[:, -e:], now[:, -e:])
 
-    with evaluating(model):
+    with crafting(model):
         with torch.no_grad():
             clean = both(x)
         return pgd(

@@ -32,11 +32,12 @@ from torch.optim import SGD
 from baselines.resnet import resnet18
 from bench.attacks.pgd import pgd
 from bench.config import AtLeastOne, NotNegative, Radius, Rate, Whole, config
+from bench.crafting import crafting
 from bench.data import Dataset
 from bench.defense import Defense, Stage, follow
 from bench.divergence import furthest, kl
 from bench.held_out import HeldOut
-from bench.model import Normalized, evaluating
+from bench.model import Normalized
 from bench.registry import register
 from bench.rng import Rng
 from bench.threat import Linf
@@ -127,7 +128,7 @@ class AWP(Defense[Config]):
 
 def against_pgd(model: nn.Module, x: Images, y: Labels, c: Config, threat: Linf, rng: Rng) -> Objective:
     """PGD-AT's loss on images crafted at the weights as they are."""
-    with evaluating(model):
+    with crafting(model):
         x_adv = pgd(model, x, y, threat, rng=rng, steps=c.steps, step_size=c.step_size)
     return lambda f: F.cross_entropy(f(x_adv), y)
 

@@ -39,10 +39,11 @@ from bench.attacks.fgsm import fgsm
 from bench.attacks.gradient import input_gradient
 from bench.attacks.pgd import pgd
 from bench.config import AtLeastOne, NotNegative, Radius, Rate, Whole, config
+from bench.crafting import crafting
 from bench.data import Dataset
 from bench.defense import Defense, Stage
 from bench.errors import UsageError
-from bench.model import Normalize, evaluating
+from bench.model import Normalize
 from bench.moe import Experts, each_loss
 from bench.registry import register
 from bench.rng import Rng
@@ -164,7 +165,7 @@ class DWF(Defense[Config]):
             return summed(logits, y).mean()
 
         def together(model: nn.Module, x: Images, y: Labels, rng: Rng) -> Tensor:
-            with evaluating(model):
+            with crafting(model):
                 x_fgsm = fgsm(model, x, y, Linf(rng.at("eps").choice(c.fgsm_eps)))
                 k = rng.at("k").choice(c.pgd_steps)
                 x_pgd = pgd(model, x, y, threat, rng=rng.at("pgd"), steps=k, step_size=c.step_size)
@@ -195,7 +196,7 @@ class DWF(Defense[Config]):
 def own_images(model: Mixture, x: Images, y: Labels, c: Config, threat: Linf, rng: Rng) -> Tensor:
     """Every expert's training images, side by side: `(b, e·c, h, w)`, clean, then FGSM, then PGD."""
     parts = [x.repeat(1, c.benign, 1, 1)] if c.benign else []
-    with evaluating(model):
+    with crafting(model):
         if c.fgsm:
             copies = x.repeat(1, c.fgsm, 1, 1)
             first = c.benign

@@ -33,10 +33,11 @@ from baselines.resnet import resnet18
 from bench.attacks.fgsm import fgsm
 from bench.attacks.pgd import pgd
 from bench.config import AtLeastOne, NotNegative, Radius, Rate, config
+from bench.crafting import crafting
 from bench.data import Dataset
 from bench.defense import Defense, Stage
 from bench.held_out import HeldOut
-from bench.model import Normalized, evaluating
+from bench.model import Normalized
 from bench.registry import register
 from bench.rng import Rng
 from bench.threat import Linf
@@ -117,7 +118,7 @@ class FGSMAT(Defense[Config]):
 def one_step(model: nn.Module, x: Images, y: Labels, c: Config, threat: Linf, rng: Rng) -> Images:
     """x', `(b, c, h, w)`."""
     step_size = c.step_size or threat.eps * (1.25 if c.variant == "rs" else 1)
-    with evaluating(model):
+    with crafting(model):
         return pgd(model, x, y, threat, rng=rng, steps=1, step_size=step_size, random_start=c.variant == "rs")
 
 

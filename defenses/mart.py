@@ -26,10 +26,11 @@ from torch.nn import functional as F
 from baselines.resnet import resnet18
 from bench.attacks.pgd import pgd
 from bench.config import AtLeastOne, NotNegative, Radius, Rate, config
+from bench.crafting import crafting
 from bench.data import Dataset
 from bench.defense import Defense, Stage
 from bench.divergence import kl
-from bench.model import Normalized, evaluating
+from bench.model import Normalized
 from bench.registry import register
 from bench.rng import Rng
 from bench.threat import Linf
@@ -77,7 +78,7 @@ class MART(Defense[Config]):
 
         def loss(model: nn.Module, x: Images, y: Labels, rng: Rng) -> Tensor:
             start = x + c.noise * rng.at("start").normal(x)
-            with evaluating(model):
+            with crafting(model):
                 x_adv = pgd(model, x, y, threat, rng=rng, steps=c.steps, step_size=c.step_size, start=start)
             clean, attacked = model(x), model(x_adv)
             wrong = 1 - clean.softmax(1).gather(1, y[:, None]).squeeze(1)

@@ -23,9 +23,10 @@ from torch.nn import functional as F
 from baselines.resnet import resnet18
 from bench.attacks.pgd import pgd
 from bench.config import AtLeastOne, NotNegative, Radius, Rate, config
+from bench.crafting import crafting
 from bench.data import Dataset
 from bench.defense import Defense, Stage
-from bench.model import Normalized, evaluating
+from bench.model import Normalized
 from bench.registry import register
 from bench.rng import Rng
 from bench.threat import Linf
@@ -73,7 +74,7 @@ class PGDAT(Defense[Config]):
 
         def loss(model: nn.Module, x: Images, y: Labels, rng: Rng) -> Tensor:
             adversarial = len(x) // 2 if c.half_batch else len(x)
-            with evaluating(model):
+            with crafting(model):
                 x_adv = pgd(
                     model,
                     x[:adversarial],

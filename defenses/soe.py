@@ -62,6 +62,7 @@ from bench.attacks.losses import cross_entropy
 from bench.attacks.mixture import Aim
 from bench.attacks.pgd import pgd
 from bench.config import AtLeastOne, NotNegative, Radius, Rate, config
+from bench.crafting import crafting
 from bench.data import Dataset
 from bench.defense import Defense, Stage
 from bench.errors import NonFinite
@@ -250,7 +251,7 @@ def objective(model: Collaboration, x: Images, y: Labels, c: Config, threat: Lin
 def one_by_one(model: Collaboration, x: Images, y: Labels, c: Config, threat: Linf, rng: Rng) -> Images:
     """Against each sub-model the images that PGD finds: `(e·b, c, h, w)`, those of the first sub-model first."""
     experts = model.experts_count
-    with evaluating(model):
+    with crafting(model):
         found = pgd(
             model.own_outputs,
             x.repeat(1, experts, 1, 1),
@@ -268,7 +269,7 @@ def one_by_one(model: Collaboration, x: Images, y: Labels, c: Config, threat: Li
 
 def together(model: Collaboration, x: Images, y: Labels, c: Config, threat: Linf, rng: Rng) -> Images:
     """Against the network as it answers the images that PGD finds, `(b, c, h, w)`; each step may meet another sub-model."""
-    with evaluating(model):
+    with crafting(model):
         return pgd(
             model,
             x,

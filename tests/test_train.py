@@ -13,12 +13,16 @@ from learnable import dataset
 from torch import nn
 from torch.nn import functional as F
 
+from bench import pipeline
+from bench.attacks.pgd import pgd
+from bench.crafting import crafting
 from bench.data import Dataset, Split
 from bench.defense import Defense, Stage, follow
 from bench.errors import CheckpointError, Interrupted, UsageError, VoidRun
 from bench.held_out import HeldOut, hold_out
 from bench.rng import Rng
-from bench.train import augment, estimate, initial, rate, score, train
+from bench.threat import Linf
+from bench.train import augment, estimate, initial, paces, rate, score, train
 
 
 class Net(nn.Module):
@@ -59,6 +63,12 @@ def noisy(model, x, y, rng):
     return F.cross_entropy(model(x + 0.1 * rng.normal(x)), y)
 
 
+def attacked(model, x, y, rng):
+    with crafting(model):
+        x_adv = pgd(model, x, y, Linf(0.1), rng=rng, steps=2)
+    return F.cross_entropy(model(x_adv), y)
+
+
 def halves(model):
     return [[*model.conv.parameters(), *model.bn.parameters()], list(model.linear.parameters())]
 
@@ -84,6 +94,7 @@ KINDS = {
     "two stages": [stage(noisy, name="first"), stage(name="second", epochs=1, lr=0.05)],
     "average": [stage(ema=0.8), stage(ema=0.5, select="clean")],
     "selection": [stage(select="clean"), stage(noisy, select="robust", warmup=0.5)],
+    "crafted images": [stage(attacked)],
     "own update, two groups": [stage(update=in_turn, groups=halves), stage(groups=halves, momentum=0.5)],
 }
 #: a full training's steps
@@ -403,6 +414,27 @@ def test_a_stage_of_no_epochs_changes_nothing(tmp_path):
 
 # ---------------------------------------------------------------------------------------------------------------------
 # bf16
+
+
+@pytest.mark.parametrize("where", ["loss", "selection"])
+def test_images_are_crafted_with_batchnorm_folded_and_learnt_from_with_batchnorm(where, tmp_path):
+    seen = []
+
+    class Watched(Net):
+        def forward(self, x):
+            # in float64, and with stand-ins for images, it is only looked for what may be folded
+            if isinstance(x, torch.Tensor) and x.dtype == torch.float32:
+                seen.append(("forward" in vars(self.bn), self.bn.training, x.requires_grad))
+            return super().forward(x)
+
+    one = stage(
+        attacked if where == "loss" else clean, epochs=1, select="robust" if where == "selection" else "last"
+    )
+    run(tmp_path, one, net=Watched)
+    crafted, learnt, judged = (True, False, True), (False, True, False), (False, False, False)
+    assert set(seen) - {judged} == {crafted, learnt}
+    assert seen.count(learnt) == BATCHES
+    assert where == "loss" or seen.count(crafted) == 10
 
 
 def test_bf16_trains_float32_weights_to_about_the_same_place(tmp_path):
@@ -819,7 +851,7 @@ def test_what_a_stage_remembers_survives_a_stop_at_any_step(tmp_path):
 # what a training costs
 
 
-def crafting(model, x, y, rng):
+def crafted_twice(model, x, y, rng):
     """Two gradients of half of the images, a look at the other half, and a step on all."""
     some = x[: len(x) // 2].clone().requires_grad_()
     for _ in range(2):
@@ -830,7 +862,7 @@ def crafting(model, x, y, rng):
 
 
 def test_passes_and_forwards_are_per_image_learnt_from_and_held_out_images_apart(tmp_path):
-    result = run(tmp_path, stage(crafting, epochs=3, select="robust"))
+    result = run(tmp_path, stage(crafted_twice, epochs=3, select="robust"))
     # 6 of 60 images are held out, 3 epochs of PGD-10
     assert (result.passes, result.forwards) == (3 * 2, 3 * 0.5)
     assert result.checks == pytest.approx(3 * 10 * 6 / 54, abs=1e-3)
@@ -929,3 +961,58 @@ def test_an_estimate_counts_all_epochs_and_images_of_all_stages():
     assert estimate(Made(), DATA, device="cpu", precision="fp32") == 0
     assert estimate(Made(stage(epochs=0)), DATA, device="cpu", precision="fp32") == 0
     assert estimate(Made(stage(), stage(ema=0.5)), DATA, device="cpu", precision="bf16") > 0
+
+
+def test_the_pace_of_a_stage_is_that_of_its_largest_step_that_is_quick(monkeypatch):
+    now = [0.0]
+    monkeypatch.setattr("bench.train.time.perf_counter", lambda: now[0])
+    sizes = []
+
+    def takes(start, each, first=0.0):
+        """A step of that many seconds, more by `first` where none of its size was before."""
+
+        def loss(model, x, y, rng):
+            now[0] += start + each * len(x) + first * (len(x) not in sizes)
+            sizes.append(len(x))
+            return clean(model, x, y, rng)
+
+        return loss
+
+    def pace(loss, **settings):
+        sizes.clear()
+        (found,) = paces(Made(stage(loss, batch_size=40, **settings)), DATA, device="cpu", precision="fp32")
+        return found
+
+    quick = pace(takes(0.01, 0.001, first=0.2), epochs=3)
+    assert sizes == [8, 8, 32, 32, 40, 40]
+    assert (quick.stage, quick.epochs) == ("only", 3)
+    assert quick.images_per_second == pytest.approx(40 / 0.05)
+    assert quick.seconds == pytest.approx(3 * 60 * 0.05 / 40)
+    assert pace(takes(0.0, 0.02)).images_per_second == pytest.approx(50) and sizes == [8, 8, 32, 32]
+    assert pace(takes(0.0, 1.0)).images_per_second == pytest.approx(1) and sizes == [8]
+
+
+def test_the_steps_of_a_pace_move_no_weight(tmp_path):
+    moved = []
+
+    def loss(model, x, y, rng):
+        moved.append([parameter.detach().clone() for parameter in model.parameters()])
+        return clean(model, x, y, rng)
+
+    paces(Made(stage(loss)), DATA, device="cpu", precision="fp32")
+    assert len(moved) > 1
+    assert all(torch.equal(a, b) for a, b in zip(moved[0], moved[-1], strict=True))
+
+
+@pytest.mark.parametrize(("recipe", "recipes"), [("fast", ["fast"]), (None, ["tiny", "fast", "paper"])])
+def test_an_explanation_has_a_row_for_each_recipe_and_trains_nothing(recipe, recipes, tmp_path):
+    session = pipeline.prepare("resnet20", results=tmp_path / "results", quiet=True, device="cpu")
+    rows = pipeline.explain_training(session, recipe, {"width": 4, "epochs": 7})
+    assert [row["recipe"] for row in rows] == recipes
+    for row in rows:
+        (one,) = row["stages"]
+        assert one["epochs"] == 7 and row["seconds"] == one["seconds"] > 0
+        assert one["seconds"] == pytest.approx(7 * len(session.data.train) / one["images_per_second"])
+    told = pipeline.training_told(rows)
+    assert told.count("images/s") == len(recipes) and f"resnet20 ({recipes[0]}) on digits, cpu, fp32" in told
+    assert not (tmp_path / "results").exists()
