@@ -86,8 +86,9 @@ def asked(train_only: bool) -> Callable[[Command], Command]:
         click.option("--dataset", default="digits", show_default=True, help="See `bench list datasets`."),
         click.option(
             "--recipe",
-            type=click.Choice(["tiny", "fast", "paper"]),
-            help="How it is trained. [default: tiny for digits, else fast]",
+            metavar="NAME",
+            help="How it is trained: tiny, fast, paper, or what else the defense has. "
+            "[default: tiny for digits, else fast]",
         ),
         click.option(
             "--set", "settings", multiple=True, metavar="KEY=VALUE", help="A field of the defense's config."
@@ -268,7 +269,7 @@ def audit(run_: str, results: Path, strict: bool, as_json: bool) -> None:
 @click.argument("model")
 @click.option("--dataset", default="digits", show_default=True, help="Whose images it is shown.")
 @click.option("--checkpoint", metavar="PATH|hf_hub:NAME|URL", help="Weights in place of untrained ones.")
-@click.option("--recipe", type=click.Choice(["tiny", "fast", "paper"]))
+@click.option("--recipe", metavar="NAME", help="Whose settings it is built with, such as paper.")
 @click.option(
     "--set", "settings", multiple=True, metavar="KEY=VALUE", help="A field of the defense's config."
 )
@@ -301,12 +302,26 @@ def check(model: str, as_json: bool, settings: tuple[str, ...], **asked: Any) ->
 
 @commands.command()
 @asked(train_only=True)
-def train(**shared: Any) -> None:
+@click.option(
+    "--explain",
+    is_flag=True,
+    help="Print images/s and the time of each recipe, or of --recipe, and train nothing.",
+)
+@click.option("--json", "as_json", is_flag=True, help="With --explain: as JSON.")
+def train(explain: bool, as_json: bool, **shared: Any) -> None:
     """Train only; goes on where a stopped training stopped."""
     from bench import pipeline
     from bench.session import prepare
 
-    for path in pipeline.train_session(prepare(**_arguments(**shared))):
+    if as_json and not explain:
+        raise UsageError("--json belongs to --explain; training prints the checkpoints' paths")
+    arguments = _arguments(**shared)
+    session = prepare(**arguments)
+    if explain:
+        rows = pipeline.explain_training(session, arguments["recipe"], arguments["settings"])
+        click.echo(json.dumps(rows, indent=2) if as_json else pipeline.training_told(rows))
+        return
+    for path in pipeline.train_session(session):
         click.echo(path)
 
 
@@ -322,7 +337,7 @@ def train(**shared: Any) -> None:
     show_default=True,
 )
 @click.option("--layout", type=click.Choice(["paper", "long"]), default="paper", show_default=True)
-@click.option("--published", is_flag=True, help="The paper's own figures beside ours.")
+@click.option("--published", is_flag=True, help="What papers print, beside ours.")
 @click.option(
     "--compare-to", metavar="DEFENSE", help="Mark what differs from this row on the same images (McNemar)."
 )
@@ -444,7 +459,7 @@ def power(
 @click.option(
     "--weights", type=click.Choice(["best", "last"]), help="With --heatmaps: of which epoch. [default: best]"
 )
-@click.option("--recipe", type=click.Choice(["tiny", "fast", "paper"]), help="With --heatmaps: as trained.")
+@click.option("--recipe", metavar="NAME", help="With --heatmaps: as trained.")
 @click.option("--set", "settings", multiple=True, metavar="KEY=VALUE", help="With --heatmaps: as trained.")
 @click.option("--seed", type=int, help="With --heatmaps: as trained. [default: 0]")
 @click.option("--device", metavar="auto|cpu|cuda[:i]", help="With --heatmaps. [default: auto]")
@@ -496,6 +511,65 @@ def plot(
         drawn = (plots.tradeoff if tradeoff else plots.figures)(results, where)
     for path in drawn:
         click.echo(path)
+
+
+@commands.command()
+@click.option(
+    "--defense",
+    default="resnet18,dwf",
+    show_default=True,
+    metavar="NAME[,NAME…]",
+    help="Whose networks, untrained.",
+)
+@click.option(
+    "--dataset",
+    default="digits",
+    show_default=True,
+    help="Whose images. Of cifar10, cifar100 and svhn no file is needed: noise stands for them.",
+)
+@click.option(
+    "--recipe",
+    metavar="NAME|all",
+    help="Whose network, and whose training is told of; or all trainings. [default: tiny for digits, else fast]",
+)
+@click.option(
+    "--set", "settings", multiple=True, metavar="KEY=VALUE", help="A field of the defense's config."
+)
+@click.option(
+    "--samples", type=click.IntRange(min=1), metavar="N", help="Images attacked. [default: the test set]"
+)
+@click.option("--device", default="auto", show_default=True, metavar="auto|cpu|cuda[:i]")
+@click.option(
+    "--precision",
+    type=click.Choice(["fp32", "bf16"]),
+    default="fp32",
+    show_default=True,
+    help="Of the gradients that attacks follow.",
+)
+@click.option("--batch-size", type=int, metavar="B", help="Images at once. [default: 128, on a GPU 512]")
+@click.option("--data-dir", type=click.Path(path_type=Path), help="Where the datasets' files are.")
+@click.option(
+    "--plugin", type=click.Path(path_type=Path), metavar="FILE.py", help="A file that registers defenses."
+)
+@click.option("--json", "as_json", is_flag=True)
+def speed(
+    recipe: str | None, settings: tuple[str, ...], samples: int | None, as_json: bool, **asked: Any
+) -> None:
+    """Measure what this machine does, and tell how long things will take.
+
+    Its matrix rate; of each defense's network the images and gradients a second, and their share of that rate; the time of
+    every protocol and of training. Nothing is trained and nothing is written.
+    """
+    from bench import speed as speeds
+    from bench.session import prepare
+
+    chosen = dict(_setting(text) for text in settings)
+    every = recipe == "all"
+    session = prepare(recipe=None if every else recipe, settings=chosen, say=_say, **asked)
+    say = (lambda text: None) if as_json else click.echo
+    found = speeds.measure(session, chosen, every_recipe=every, samples=samples, say=say)
+    if as_json:
+        click.echo(json.dumps(found, indent=2))
 
 
 @commands.command("list")

@@ -28,7 +28,8 @@ from bench.attacks.stored import digest
 from bench.audit.contract import Contract, contract, is_random
 from bench.audit.gradients import gradient_checks
 from bench.audit.run import audit
-from bench.config import as_json
+from bench.certify import told
+from bench.config import as_json, replaced
 from bench.errors import BenchError, Interrupted, UsageError, VoidRun
 from bench.evaluate import Evaluator
 from bench.finding import Finding, verdict
@@ -41,7 +42,8 @@ from bench.protocol import Column, Mixture, Protocol
 from bench.provenance import weights_hash, where
 from bench.record import Asked, ProgramRecord, Record
 from bench.session import Job, Session, prepare, samples_of
-from bench.weights import Weights, build, naming_defense, stages, weigh
+from bench.train import paces
+from bench.weights import Weights, build, naming_defense, precision_of, stages, weigh
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -62,7 +64,7 @@ def run(
         dataset: its name.
         protocol: names or TOML files.
         asked: `seed` and `seeds` (that many, from `seed` on); `samples` (the first N test images; all by default);
-            `eps` (the radius, such as "8/255"); `recipe` (`tiny`, `fast`, `paper`); `checkpoint` (weights instead of
+            `eps` (the radius, such as "8/255"); `recipe` (`tiny`, `fast`, `paper`, or another that the defense has); `checkpoint` (weights instead of
             training); `settings` (fields of the defense's config); `attacks` (further columns); `plugin` (a file);
             `device`, `batch_size`, `precision`, `data_dir`, `results`, `quiet`.
 
@@ -109,10 +111,14 @@ def train_session(session: Session) -> list[Path]:
     """Trains what was asked; the checkpoints' paths."""
     records.writable(session.results)
     for job in session.jobs:
-        if not stages(job, session.data):
-            raise UsageError(f"{job.name!r} has nothing to train; `bench run` evaluates it as it is")
+        _refuse_untrained(session, job)
     paths = [weigh(session, job, seed).path for job in session.jobs for seed in session.seeds]
     return [path for path in paths if path is not None]
+
+
+def _refuse_untrained(session: Session, job: Job) -> None:
+    if not stages(job, session.data):
+        raise UsageError(f"{job.name!r} has nothing to train; `bench run` evaluates it as it is")
 
 
 def explain_session(session: Session) -> str:
@@ -122,7 +128,7 @@ def explain_session(session: Session) -> str:
         model = build(job, session.data, 0).to(session.device)
         n = samples_of(session)
         for protocol in session.protocols:
-            evaluator = _evaluator(session, job, model, 0, protocol, {})
+            evaluator = _evaluator(session, job, model, 0, protocol, {}, trained=False)
             columns = _columns(protocol, session, model)
             programs = plan(columns, random=evaluator.random)
             lines.append(f"{job.name} on {session.data.name}, {n} images, protocol {protocol.name}:")
@@ -132,6 +138,53 @@ def explain_session(session: Session) -> str:
                 f"gradients: {evaluator.about}; about {duration(low)} to {duration(high)} on this machine\n"
             )
     return "\n".join(lines).rstrip()
+
+
+def explain_training(
+    session: Session, recipe: str | None = None, settings: Mapping[str, object] | None = None
+) -> list[dict[str, Any]]:
+    """How fast each defense would be trained on this machine, and for how long; nothing is trained.
+
+    One row for each recipe, for the one that is named or for all that the defense has, with these settings: `defense`, `dataset`,
+    `recipe`, `device`, `precision`, `seconds`, and of its `stages` each `stage`, `epochs`, `images_per_second`, `seconds`.
+
+    Raises:
+        UsageError: a defense has nothing to train.
+    """
+    rows = []
+    for job in session.jobs:
+        for name in job.kind.recipes if recipe is None else [recipe]:
+            config = replaced(job.kind.recipes[name], settings or {})
+            one = dataclasses.replace(job, recipe=name, config=config)
+            _refuse_untrained(session, one)
+            precision = precision_of(session, one)
+            found = paces(one.defense, session.data, device=session.device, precision=precision)
+            rows.append(
+                {
+                    "defense": job.name,
+                    "dataset": session.data.name,
+                    "recipe": name,
+                    "device": str(session.device),
+                    "precision": precision,
+                    "seconds": sum(pace.seconds for pace in found),
+                    "stages": [dataclasses.asdict(pace) for pace in found],
+                }
+            )
+    return rows
+
+
+def training_told(rows: Sequence[Mapping[str, Any]]) -> str:
+    """What `explain_training` found, in words."""
+    lines = []
+    for row in rows:
+        lines.append(
+            f"{row['defense']} ({row['recipe']}) on {row['dataset']}, {row['device']}, {row['precision']}: about {duration(row['seconds'])} on this machine"
+        )
+        for stage in row["stages"]:
+            lines.append(
+                f"  {stage['stage']:14} {stage['epochs']:4} epochs {stage['images_per_second']:10,.1f} images/s   {duration(stage['seconds'])}"
+            )
+    return "\n".join(lines)
 
 
 def check_session(session: Session) -> list[tuple[str, Contract]]:
@@ -148,9 +201,7 @@ def check_session(session: Session) -> list[tuple[str, Contract]]:
         with exact_arithmetic():
             one = contract(model, x, y, classes=len(session.data.classes), adaptive=adaptive)
             if not trained:
-                # before training it may well say one thing of everything
-                said = [finding for finding in one.findings if finding.code != "constant-prediction"]
-                one = dataclasses.replace(one, findings=said)
+                one = one.untrained()
             callable_ = not any(finding.severity == "blocks" for finding in one.findings)
             if callable_:
                 doubts = gradient_checks(model, x[:16], y[:16], black_box=True, adaptive=adaptive)
@@ -216,7 +267,9 @@ def evaluate(session: Session, job: Job, seed: int, weights: Weights, protocol: 
         Finding(code="checkpoint", severity="informs", evidence=text, advice=NOTE)
         for text in weights.findings
     ]
-    doubts = [*notes, *evaluator.contract.findings]
+    x, _ = data.test.batch(slice(0, CHECKED), session.device)
+    with naming_defense(job):
+        doubts = [*notes, *told(weights.model, x), *evaluator.contract.findings]
     record = Record(
         asked=asked,
         columns=[column.record() for column in columns],
@@ -332,6 +385,8 @@ def _evaluator(
     seed: int,
     protocol: Protocol,
     surrogates: Mapping[str, nn.Module],
+    *,
+    trained: bool = True,
 ) -> Evaluator:
     try:
         with naming_defense(job):
@@ -344,6 +399,7 @@ def _evaluator(
                 precision=session.precision,
                 device=session.device,
                 surrogates=surrogates,
+                trained=trained,
             )
             for finding in evaluator.contract.findings:
                 if finding.severity == "blocks":

@@ -259,6 +259,14 @@ def test_an_explanation_computes_and_writes_nothing(folder):
     assert not (folder / "results").exists()
 
 
+@pytest.mark.parametrize("name", ["pgd_at", "trades", "soe", "immunity"])
+def test_what_is_not_trained_yet_can_be_explained(name, folder):
+    text = pipeline.explain_session(
+        pipeline.prepare(**asked(folder, defense=name, plugin=None, recipe="tiny"))
+    )
+    assert "about " in text
+
+
 def test_a_run_in_another_thread_leaves_signals_alone(folder):
     frames = []
     thread = threading.Thread(target=lambda: frames.append(run(folder)))
