@@ -66,6 +66,7 @@ from torch.nn import functional as F
 from baselines.resnet import BasicBlock, CopiedLinear
 from bench.attacks.pgd import pgd
 from bench.config import AtLeastOne, NotNegative, Radius, Rate, config
+from bench.crafting import crafting
 from bench.data import Dataset
 from bench.defense import Defense, Stage
 from bench.errors import UsageError
@@ -364,7 +365,7 @@ def views(model: Switched, x: Images, y: Labels, c: Config, threat: Linf, rng: R
     """The images that are learnt from, and a second view of them, `(b, c, h, w)` each."""
     if c.variant == "clean":
         return x, threat.random_start(x, rng.at("view"))
-    with evaluating(model):
+    with crafting(model):
         x_adv = pgd(
             model if c.permute_training else model.as_trained,
             x,

@@ -43,6 +43,7 @@ from torch.optim import SGD
 from bench.attacks.pgd import pgd
 from bench.certify import Certificate, dual_radius, gate_slopes, margin, pixel_rows
 from bench.config import Number, config
+from bench.crafting import crafting
 from bench.data import Dataset
 from bench.defense import Defense, Stage
 from bench.divergence import kl
@@ -193,7 +194,7 @@ def lower_loss(model: MoE, x: Images, y: Labels, c: Config, threat: Linf, rng: R
     if c.beta == 0:
         return F.cross_entropy(model(x_adv), y)
     experts = model.experts_count
-    with evaluating(model):
+    with crafting(model):
         own = pgd(
             model.own_outputs,
             x.repeat(1, experts, 1, 1),

@@ -42,6 +42,7 @@ from torch.nn import functional as F
 from baselines.resnet import resnet18
 from bench.attacks.pgd import pgd
 from bench.config import AtLeastOne, NotNegative, Radius, Rate, Whole, config
+from bench.crafting import crafting
 from bench.data import Dataset
 from bench.defense import Defense, Stage
 from bench.errors import UsageError
@@ -157,7 +158,7 @@ class MoRE(Defense[Config]):
         def together(model: nn.Module, x: Images, y: Labels, rng: Rng) -> Tensor:
             assert isinstance(model, Mixture)
             parts, weights = [x], [c.clean_weight]
-            with evaluating(model):
+            with crafting(model):
                 for i, threat in enumerate(threats):
                     parts.append(pgd(model, x, y, threat, rng=rng.at(i), steps=c.steps))
                     weights.append(1.0)
@@ -194,7 +195,7 @@ def own_images(
 ) -> Tensor:
     """Every expert's training images, side by side: `(b, e·c, h, w)`, clean, then L2, then L∞."""
     parts = [x] * c.clean
-    with evaluating(model):
+    with crafting(model):
         for i, threat in enumerate(threats, c.clean):
 
             def one(z: Images, i: int = i) -> Logits:

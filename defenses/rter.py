@@ -75,6 +75,7 @@ from bench.certify import (
     soft_radius,
 )
 from bench.config import AtLeastOne, NotNegative, Radius, Rate, config
+from bench.crafting import crafting
 from bench.data import Dataset
 from bench.defense import Defense, Observe, Stage, follow
 from bench.divergence import kl
@@ -437,7 +438,7 @@ def crafted(
     rng: Rng,
 ) -> Images:
     """What PGD finds against `target`, a part of `model` in eval mode."""
-    with evaluating(model):
+    with crafting(model):
         return pgd(target, x, y, threat, rng=rng, steps=c.steps, step_size=c.step_size)
 
 

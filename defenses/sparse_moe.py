@@ -60,6 +60,7 @@ from torch.nn import functional as F
 from baselines.resnet import BasicBlock, resnet18
 from bench.attacks.pgd import pgd
 from bench.config import AtLeastOne, NotNegative, Radius, Rate, config
+from bench.crafting import crafting
 from bench.data import Dataset
 from bench.defense import Defense, Stage
 from bench.errors import NonFinite, UsageError
@@ -349,7 +350,7 @@ class SparseMoE(Defense[Config]):
 
         def loss(model: nn.Module, x: Images, y: Labels, rng: Rng) -> Tensor:
             assert isinstance(model, SparseNet)
-            with evaluating(model):
+            with crafting(model):
                 x_adv = pgd(model, x, y, threat, rng=rng, steps=c.steps, step_size=c.step_size)
             logits, journey = model.travelled(x_adv)
             return F.cross_entropy(logits, y) + c.balance_weight * balancing(journey, c)
