@@ -140,12 +140,12 @@ def _collapse(training: Training) -> str:
     """Where a training first fell into catastrophic overfitting, and whose weights these are; empty where it did not."""
     for before, row in pairwise([{}, *training.stages]):
         if row.get("collapsed"):
-            fell = f"fell from {before['held_out']:.1%} to" if "held_out" in before else "fell to"
-            under = f"PGD-10 on held-out images {fell} {row['held_out']:.1%}"
+            was, now = (one.get("held_out_pgd", one.get("held_out")) for one in (before, row))
+            fell = f"fell from {was:.1%} to" if was is not None else "fell to"
             beside = f" while FGSM stood at {row['held_out_fgsm']:.1%}" if "held_out_fgsm" in row else ""
             these = "" if training.epoch is None else f"; these weights are of epoch {training.epoch}"
             return (
                 f"collapsed: training fell into catastrophic overfitting at epoch {row['epoch']} "
-                f"({under}{beside}){these}"
+                f"(PGD-10 on held-out images {fell} {now:.1%}{beside}){these}"
             )
     return ""

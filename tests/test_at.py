@@ -8,9 +8,10 @@ from learnable import dataset
 from torch import nn
 from torch.nn import functional as F
 
+from bench.attacks.pgd import pgd
 from bench.config import replaced
 from bench.errors import UsageError
-from bench.held_out import HeldOut
+from bench.held_out import HeldOut, pgd10
 from bench.rng import Rng
 from bench.threat import Linf
 from bench.train import initial, train
@@ -203,8 +204,27 @@ def test_the_epoch_of_a_collapse_is_marked_in_the_history():
     found = held.accuracy(model, lambda m, x, y, rng: by_hand(m, x, y, x, 0.08, 1, 0.08))
     assert 0.2 < found <= 1
     for now, said in ((0.0, True), (found, False)):
-        rows = [{"held_out": 0.9}, {"held_out": 0.9}, {"held_out": now}]
-        assert stage.observe(model, held, rows) == {"held_out_fgsm": found, "collapsed": said}
+        rows = [{"held_out": 0.9, "held_out_pgd": 0.9}] * 2 + [{"held_out": now}]
+        seen = {"held_out_fgsm": found, "held_out_pgd": now, "collapsed": said}
+        assert stage.observe(model, held, rows) == seen
+
+
+def test_a_collapse_is_looked_for_at_the_radius_that_is_trained_at():
+    data = dataset(eps=0.08)
+    (stage,) = made(FGSMAT, eps=0.3).stages(data)
+    model, held = Templates(data), HeldOut(data.train)
+    seen = stage.observe(model, held, [{"held_out": 0.9, "held_out_pgd": 1.0}, {"held_out": 0.9}])
+    for name, steps in (("held_out_fgsm", 1), ("held_out_pgd", 10)):
+        within = held.accuracy(
+            model,
+            lambda m, x, y, rng, k=steps: pgd(
+                m, x, y, Linf(0.3), rng=rng, steps=k, step_size=0.3 if k == 1 else None, random_start=k > 1
+            ),
+        )
+        assert seen[name] == within < held.accuracy(model, pgd10(0.08))
+    assert seen["collapsed"] is (
+        seen["held_out_pgd"] < 0.8 and seen["held_out_fgsm"] - seen["held_out_pgd"] > 0.2
+    )
 
 
 class Templates(nn.Module):
@@ -223,7 +243,7 @@ def test_each_epoch_is_logged_under_fgsm_beside_pgd10(tmp_path):
     defense = made(FGSMAT, epochs=2, batch_size=18, half_batch=False)
     history = train(defense, DATA, seed=0, folder=tmp_path, quiet=True).history
     assert [set(row) for row in history] == [
-        {"stage", "epoch", "loss", "held_out", "held_out_fgsm", "collapsed"}
+        {"stage", "epoch", "loss", "held_out", "held_out_fgsm", "held_out_pgd", "collapsed"}
     ] * 2
 
 

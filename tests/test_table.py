@@ -961,10 +961,38 @@ def test_the_command_passes_its_options_on_and_has_none_of_them_in_json(tmp_path
 
 
 FELL = [
-    {"stage": "fgsm-at", "epoch": 1, "held_out": 0.4, "held_out_fgsm": 0.5, "collapsed": False},
-    {"stage": "fgsm-at", "epoch": 2, "held_out": 0.421, "held_out_fgsm": 0.5, "collapsed": False},
-    {"stage": "fgsm-at", "epoch": 3, "held_out": 0.03, "held_out_fgsm": 0.8, "collapsed": True},
-    {"stage": "fgsm-at", "epoch": 4, "held_out": 0.02, "held_out_fgsm": 0.9, "collapsed": True},
+    {
+        "stage": "fgsm-at",
+        "epoch": 1,
+        "held_out": 0.3,
+        "held_out_pgd": 0.4,
+        "held_out_fgsm": 0.5,
+        "collapsed": False,
+    },
+    {
+        "stage": "fgsm-at",
+        "epoch": 2,
+        "held_out": 0.3,
+        "held_out_pgd": 0.421,
+        "held_out_fgsm": 0.5,
+        "collapsed": False,
+    },
+    {
+        "stage": "fgsm-at",
+        "epoch": 3,
+        "held_out": 0.3,
+        "held_out_pgd": 0.03,
+        "held_out_fgsm": 0.8,
+        "collapsed": True,
+    },
+    {
+        "stage": "fgsm-at",
+        "epoch": 4,
+        "held_out": 0.3,
+        "held_out_pgd": 0.02,
+        "held_out_fgsm": 0.9,
+        "collapsed": True,
+    },
 ]
 SAID = (
     "collapsed: training fell into catastrophic overfitting at epoch 3 "
