@@ -7,6 +7,8 @@ is not used. An image broken by a column leaves that column at once.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import groupby
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -41,6 +43,18 @@ class Found:
         taken = broke | ~self.broke[rows]
         self.images[rows[taken]] = x_adv[taken]
         self.broke[rows] |= broke
+
+
+class Entry(NamedTuple):
+    """What columns are to be told of some rows after a start and a number of steps."""
+
+    restart: int
+    step: int
+    columns: list[Column]
+    rows: Tensor
+    x_adv: Images
+    prediction: Tensor
+    only_broken: bool
 
 
 @dataclass
@@ -162,49 +176,69 @@ class Trial:
             self.enter([column], rows, x_adv, self.ask(x_adv, rows, threat), 0, 1)
 
     def _pgd(self) -> None:
-        first = self.program.first
+        # what withstands one start nearly always withstands the others: they are run side by side, as one large batch
+        later = [list(same) for _, same in groupby(range(1, self.program.restarts), self._wanted)]
+        for restarts in [[0], *(later if self.leaves else ([one] for same in later for one in same))]:
+            rows = self.standing(self._wanted(restarts[0]))
+            for some in torch.split(rows, max(1, max(len(self.x), self.at_once or 0) // len(restarts))):
+                if len(some):
+                    self._starts(some, restarts)
+
+    def _wanted(self, restart: int) -> list[Column]:
+        """The columns that ask for this start."""
+        return [column for column in self.program.columns if column.restarts > restart]
+
+    def _starts(self, rows: Tensor, restarts: list[int]) -> None:
+        """PGD from these starts, all of which the same columns ask for: the outcomes are as if they came one by one."""
+        first, wanted, n = self.program.first, self._wanted(restarts[0]), len(rows)
         threat = threat_model(first.norm, first.eps)
-        model = Counted(self.quick, self.judge.cost, self.at_once)
-        for restart in range(self.program.restarts):
-            wanted = [column for column in self.program.columns if column.restarts > restart]
-            rows = self.standing(wanted)
-            if len(rows) == 0:
-                return
+        copies = rows.repeat(len(restarts))
+        found: list[Entry] = []
+        # of several starts, the first that breaks an image is to be named, and not the one of the fewest steps
+        tell = self._tell if len(restarts) == 1 else found.append
 
-            def witness(
-                step: int,
-                which: Tensor,
-                x_adv: Images,
-                rows: Tensor = rows,
-                wanted: list[Column] = wanted,
-                restart: int = restart,
-            ) -> Tensor:
-                at = rows[which]
-                with naming(which):
-                    prediction = self.judge(x_adv, self.x[at], threat)
-                asked = [column for column in wanted if column.steps >= step]
-                self.enter(asked, at, x_adv, prediction, restart, step, only_broken=True)
-                return prediction != self.y[at]
+        def note(columns: list[Column], which: Tensor, x_adv: Images, step: int, only_broken: bool) -> Tensor:
+            with naming(which):
+                prediction = self.judge(x_adv, self.x[copies[which]], threat)
+            for place, restart in enumerate(restarts):
+                own = which // n == place
+                if own.any():
+                    at = copies[which[own]]
+                    tell(Entry(restart, step, columns, at, x_adv[own], prediction[own], only_broken))
+            return prediction != self.y[copies[which]]
 
-            runs = trajectory(
-                model,
-                self.x[rows],
-                self.y[rows],
-                threat,
-                rng=self.starts("pgd", first.loss, restart, rows=rows),
-                milestones=self.program.milestones(restart),
-                loss=LOSSES[first.loss],
-                step_size=first.step_size,
-                random_start=first.random_start,
-                eot=self.samples(first.eot),
-                witness=witness if self.leaves and self.success == "any" else None,
-                rounds=self.rounds,
-            )
-            with naming(rows):
-                for step, x_adv in runs:
-                    asked = [column for column in wanted if column.steps == step]
-                    prediction = self.judge(x_adv, self.x[rows], threat)
-                    self.enter(asked, rows, x_adv, prediction, restart, step)
+        def witness(step: int, which: Tensor, x_adv: Images) -> Tensor:
+            return note([column for column in wanted if column.steps >= step], which, x_adv, step, True)
+
+        rngs = [self.starts("pgd", first.loss, restart, rows=rows) for restart in restarts]
+        start = None
+        if first.random_start and len(restarts) > 1:
+            start = torch.cat([threat.random_start(self.x[rows], rng.at("start")) for rng in rngs])
+        runs = trajectory(
+            Counted(self.quick, self.judge.cost, self.at_once),
+            self.x[copies],
+            self.y[copies],
+            threat,
+            rng=rngs[0],
+            milestones=self.program.milestones(restarts[0]),
+            loss=LOSSES[first.loss],
+            step_size=first.step_size,
+            random_start=first.random_start,
+            start=start,
+            eot=self.samples(first.eot),
+            witness=witness if self.leaves and self.success == "any" else None,
+            rounds=self.rounds,
+        )
+        with naming(copies):
+            for step, x_adv in runs:
+                asked = [column for column in wanted if column.steps == step]
+                note(asked, torch.arange(len(copies), device=rows.device), x_adv, step, False)
+        for entry in sorted(found, key=lambda entry: (entry.restart, entry.step)):
+            self._tell(entry)
+
+    def _tell(self, entry: Entry) -> None:
+        restart, step, columns, rows, x_adv, prediction, only_broken = entry
+        self.enter(columns, rows, x_adv, prediction, restart, step, only_broken=only_broken)
 
     def _mixture(self) -> None:
         assert self.mixture is not None

@@ -35,6 +35,37 @@ def median_eps():
     return float(Hyperplane().margin(points()).median()) * 1.001
 
 
+class Hills(nn.Module):
+    """Rises in waves along one direction: which hill an ascent ends on, and whether it is high enough, is up to its start."""
+
+    def __init__(self):
+        super().__init__()
+        self.w = nn.Parameter(torch.randn(points().shape[1:], generator=torch.Generator().manual_seed(3)))
+
+    def forward(self, x):
+        u = ((x - 0.5) * self.w).flatten(1).sum(1)
+        z = torch.cos(6 * u) + 0.4 * u - 1.2
+        return torch.cat([torch.stack([-z, z], 1), z.new_full((len(z), 8), -1e3)], 1)
+
+
+@pytest.mark.parametrize(("norm", "eps"), [("Linf", 0.1), ("L2", 1.5)])
+@pytest.mark.parametrize("success", ["last", "any"])
+def test_starts_side_by_side_find_what_they_find_one_by_one(success, norm, eps, monkeypatch):
+    model, data = Hills(), dataset(labels=torch.zeros(24, dtype=torch.long))
+    spec = {"steps": [3, 12], "step_size": eps / 30}
+    six, three = {"attack": "ms-pgd", "restarts": 6}, {"attack": "pgd", "restarts": 3}
+    asked = columns(three | spec, six | spec, eps=eps, norm=norm)
+    together = outcomes(model, data, asked, success=success)
+    monkeypatch.setattr("bench.trial.groupby", lambda restarts, key: [(None, [one]) for one in restarts])
+    one_by_one = outcomes(model, data, asked, success=success)
+    for column in asked:
+        found, expected = together.outcomes[column.name], one_by_one.outcomes[column.name]
+        for name in ("robust", "prediction", "restart", "step"):
+            assert torch.equal(getattr(found, name), getattr(expected, name)), (column.name, name)
+    # the starts disagree, so that it matters which of them is named
+    assert len(found.restart.unique()) > 3
+
+
 def test_an_attack_on_survivors_is_shown_only_what_stands():
     specs = ({"attack": "pgd", "steps": 10}, {"attack": "pgd", "steps": 10, "loss": "margin"})
     shown = outcomes(Hyperplane(), dataset(), columns(*specs, eps=median_eps(), survivors=True))
@@ -182,8 +213,8 @@ def test_standard_is_survivors_only_and_ends_with_the_names_it_promises():
     asked = protocols.load("standard").columns(8 / 255)
     assert [c.name for c in asked if c.part_of is None] == [
         "clean",
-        "pgd-100x5",
         "pgd-100x5-margin",
+        "pgd-100x5",
         "autoattack",
     ]
     assert all(c.survivors for c in asked[1:]) and not asked[0].survivors
