@@ -22,7 +22,7 @@ from bench.protocol import Protocol
 from bench.threat import threat_model
 
 #: how many images are attacked at once, where nothing else is said
-BATCH_SIZE = {"cpu": 128, "cuda": 512}
+BATCH_SIZE = {"cpu": 256, "cuda": 512}
 
 
 Say = Callable[[str], None]

@@ -58,7 +58,7 @@ class Linf:
 
     def project(self, x_adv: Images, x: Images) -> Images:
         """`x_adv` clamped to `x ± eps` and to [0,1]."""
-        return torch.clamp(torch.minimum(torch.maximum(x_adv, x - self.eps), x + self.eps), 0, 1)
+        return torch.clamp(x_adv, (x - self.eps).clamp_min_(0), (x + self.eps).clamp_max_(1))
 
     def random_start(self, x: Images, rng: Rng) -> Images:
         """`x + U(-eps, eps)`, clamped to [0,1]."""

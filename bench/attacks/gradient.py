@@ -48,7 +48,8 @@ def unchecked_gradient(
 
 def finite(values: Tensor) -> Tensor:
     """Which rows are without NaN and infinity, bool `(b,)`."""
-    return values.flatten(1).isfinite().all(1)
+    # NaN and infinity survive any sum, and finite float32 numbers cannot exceed a float64 together
+    return values.flatten(1).sum(1, dtype=torch.float64).isfinite()
 
 
 def refuse_nonfinite(logits: Tensor, gradients: Tensor) -> None:

@@ -10,7 +10,6 @@ later step, and cost no further gradient.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -110,63 +109,69 @@ def trajectory(
         start = threat.project(start, x)
     else:
         start = threat.random_start(x, rng.at("start")) if random_start else x.clone()
-    # step t at place t modulo their number; what is not known yet equals nothing
+    rows, own, labels = torch.arange(len(x), device=x.device), x, y
+    # of images still under attack, and of those that are done: step t at place t modulo their number
     iterates = x.new_full((PERIOD if rounds else 2, *x.shape), torch.nan)
     iterates[0] = start
-    rows, own, labels = torch.arange(len(x), device=x.device), x, y
-    seen = _Seen.nothing(start)
+    done: list[tuple[Tensor, Images]] = []
+    seen = _Seen(rows)
     for step in range(1, max(milestones, default=0) + 1):
-        before, after = iterates[(step - 1) % len(iterates)], iterates[step % len(iterates)]
+        here, there = iterates[(step - 1) % len(iterates)], iterates[step % len(iterates)]
         if len(rows) > 0:
-            here = before[rows]
             with naming(rows):
                 gradient, logits = unchecked_gradient(model, here, labels, loss, eot)
+            seen.odd_logits |= ~finite(logits)
+            seen.odd_gradients |= ~finite(gradient)
             if witness is not None:
-                seen.believe(
-                    step - 1, here, logits.argmax(1) != labels if wrong is None else wrong(logits, labels)
-                )
-            seen.odd_logits = seen.odd_logits | ~finite(logits)
-            seen.odd_gradients = seen.odd_gradients | ~finite(gradient)
-            there = threat.project(here + step_size * threat.ascent(gradient), own)
+                believed = logits.argmax(1) != labels if wrong is None else wrong(logits, labels)
+                seen.believe(believed, step - 1, here if every == 1 else here.clone())
+            moved = threat.project(here.add(threat.ascent(gradient), alpha=step_size), own)
             if rounds:
-                seen.again = seen.again | (there == after[rows]).flatten(1).all(1)
-            after[rows] = there
+                seen.again |= (moved == there).flatten(1).all(1)
+            there.copy_(moved)
             if step % every == 0 or step in milestones:
                 with naming(rows):
                     refuse_nonfinite(seen.odd_logits, seen.odd_gradients)
                 broken = _confirmed(seen, rows, witness)
-                iterates[:, rows[broken]] = seen.images[broken]
-                stay = ~(broken | seen.again)
-                rows, own, labels = rows[stay], own[stay], labels[stay]
-                seen = _Seen.nothing(there[stay])
+                caught = seen.again & ~broken
+                stay = ~(broken | caught)
+                if not stay.all():
+                    done += [(rows[broken], seen.shown(broken)[None])] if broken.any() else []
+                    done += [(rows[caught], iterates[:, caught])]
+                    rows, own, labels, iterates = rows[stay], own[stay], labels[stay], iterates[:, stay]
+                seen = _Seen(rows)
         if step in milestones:
-            yield step, iterates[step % len(iterates)].clone()
+            x_adv = torch.empty_like(x)
+            x_adv[rows] = iterates[step % len(iterates)]
+            for some, images in done:
+                x_adv[some] = images[step % len(images)]
+            yield step, x_adv
 
 
-@dataclass
 class _Seen:
     """What was seen of the images in the batch since it was last asked, none of which waits for the device.
 
     The first `images` that were `believed` broken, at which `step`; whether an iterate came `again`; what was not finite.
     """
 
-    images: Images
-    step: Tensor
-    believed: Tensor
-    again: Tensor
-    odd_logits: Tensor
-    odd_gradients: Tensor
+    def __init__(self, rows: Tensor) -> None:
+        self.believed, self.again, self.odd_logits, self.odd_gradients = torch.zeros(
+            (4, len(rows)), dtype=torch.bool, device=rows.device
+        )
+        self.step = torch.zeros_like(rows)
+        self.images: Images | None = None
 
-    @classmethod
-    def nothing(cls, images: Images) -> _Seen:
-        no = torch.zeros(len(images), dtype=torch.bool, device=images.device)
-        return cls(images, no.long(), no, no, no, no)
-
-    def believe(self, step: int, images: Images, broken: Tensor) -> None:
+    def believe(self, broken: Tensor, step: int, images: Images) -> None:
         first = broken & ~self.believed
-        self.images = torch.where(first[:, None, None, None], images, self.images)
+        self.images = (
+            images if self.images is None else torch.where(first[:, None, None, None], images, self.images)
+        )
         self.step = torch.where(first, step, self.step)
         self.believed = self.believed | broken
+
+    def shown(self, which: Tensor) -> Images:
+        assert self.images is not None, "nothing was believed broken"
+        return self.images[which]
 
 
 def _confirmed(seen: _Seen, rows: Tensor, witness: Witness | None) -> Tensor:
@@ -176,5 +181,5 @@ def _confirmed(seen: _Seen, rows: Tensor, witness: Witness | None) -> Tensor:
         return broken
     for step in torch.unique(seen.step[seen.believed]).tolist():
         shown = seen.believed & (seen.step == step)
-        broken[shown] = witness(step, rows[shown], seen.images[shown])
+        broken[shown] = witness(step, rows[shown], seen.shown(shown))
     return broken
