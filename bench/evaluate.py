@@ -81,8 +81,8 @@ class Evaluator:
         }
         # a CPU is quickest, and lean, where a pass of a layer fits its caches; 64 images of 32×32 are about that
         h, w = split.images.shape[1:3]
-        pixels = PIXELS_AT_ONCE * (2 if precision == "bf16" else 1)
-        self.at_once = max(1, pixels // (h * w)) if self.device.type == "cpu" else None
+        few = max(1, PIXELS_AT_ONCE // (h * w)) if self.device.type == "cpu" else None
+        self.judged_at_once, self.at_once = few, few and few * (2 if precision == "bf16" else 1)
         self.mixture = as_mixture(self.model)
         # any of them: a model must not know which images will be looked at
         self._asked_twice = np.sort(Rng(seed, "contract").permutation(len(split)).numpy()[:REPEATED])
@@ -183,7 +183,7 @@ class Evaluator:
             for program in sorted(programs, key=lambda program: program.first.family == EIGHT_BIT):
                 cost, started = Cost(), time.perf_counter()
                 address = (self.seed, "judge", program.name, int(index[0])) if self.draws else None
-                judge = Judge(self.model, self.classes, cost, seed=address)
+                judge = Judge(self.model, self.classes, cost, seed=address, at_once=self.judged_at_once)
                 draws = (self.seed, program.name, int(index[0])) if self.draws else None
                 with named(program, index), seeded(draws, 0, self.device):
                     self._answer(program, judge, x, y, batch, found, radius or 0.0)
