@@ -349,3 +349,23 @@ def test_library_attacks_are_columns_under_the_same_checks():
     robust, _ = evaluate(model, data, asked)
     for column in asked[1:]:
         assert torch.equal(robust[column.name], model.margin(points()) > eps), column.name
+
+
+@pytest.mark.parametrize(("seed", "sizes"), [(None, [5, 5, 2]), ((0, "judge"), [12])])
+def test_the_judge_asks_few_images_at_a_time_but_all_at_once_where_chance_is_addressed(seed, sizes):
+    model, x, asked = Hyperplane(), points(12), []
+
+    def listening(images):
+        asked.append(len(images))
+        return model(images)
+
+    judge = Judge(listening, 10, Cost(), seed=seed, at_once=5)
+    assert torch.equal(judge.logits(x, x, None), model(x))
+    assert asked == sizes and judge.cost.forwards == 12
+
+
+@pytest.mark.parametrize("answer", [lambda x: [x], lambda x: x.flatten(1)[:, :9], lambda x: None])
+def test_the_judge_complains_of_answers_in_parts_as_of_whole_ones(answer):
+    for at_once in (None, 5):
+        with pytest.raises(VoidRun, match=r"must return float logits \(12, 10\)"):
+            Judge(answer, 10, Cost(), at_once=at_once)(points(12), points(12), None)
