@@ -43,7 +43,7 @@ from bench.provenance import weights_hash, where
 from bench.record import Asked, ProgramRecord, Record
 from bench.session import Job, Session, prepare, samples_of
 from bench.train import paces
-from bench.weights import Weights, build, naming_defense, precision_of, stages, weigh
+from bench.weights import Weights, build, charging, naming_defense, precision_of, stages, weigh
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -129,7 +129,7 @@ def explain_session(session: Session) -> str:
         n = samples_of(session)
         for protocol in session.protocols:
             evaluator = _evaluator(session, job, model, 0, protocol, {}, trained=False)
-            columns = _columns(protocol, session, model)
+            columns = columns_of(protocol, session, model)
             programs = plan(columns, random=evaluator.random)
             lines.append(f"{job.name} on {session.data.name}, {n} images, protocol {protocol.name}:")
             lines.append(explain(programs, protocol.success))
@@ -158,7 +158,8 @@ def explain_training(
             one = dataclasses.replace(job, recipe=name, config=config)
             _refuse_untrained(session, one)
             precision = precision_of(session, one)
-            found = paces(one.defense, session.data, device=session.device, precision=precision)
+            with charging(one), naming_defense(one):
+                found = paces(one.defense, session.data, device=session.device, precision=precision)
             rows.append(
                 {
                     "defense": job.name,
@@ -225,7 +226,7 @@ def evaluate(session: Session, job: Job, seed: int, weights: Weights, protocol: 
     weights.model.to(session.device).eval()
     random = _random(session, weights.model)
     _refuse_plain(session, job, random)
-    columns = _columns(protocol, session, weights.model)
+    columns = columns_of(protocol, session, weights.model)
     surrogates = _surrogates(session, columns, seed)
     asked = Asked(
         dataset=data.name,
@@ -298,7 +299,7 @@ VOID = "there is no number for this model until the cause is removed"
 NOTE = "see that this is what was meant"
 
 
-def _columns(protocol: Protocol, session: Session, model: nn.Module) -> list[Column]:
+def columns_of(protocol: Protocol, session: Session, model: nn.Module) -> list[Column]:
     """The protocol's columns for this model: a mixture is asked more, and a random model otherwise."""
     data, mixture = session.data, as_mixture(model)
     kind: Mixture | None = None if mixture is None else "soft" if mixture.soft else "hard"

@@ -38,7 +38,7 @@ from bench.fast import Fast, Precision, fast
 from bench.judge import Cost, Judge, before_any_attack, exact_arithmetic
 from bench.moe import RoutedModel, as_mixture
 from bench.passes import one_pass
-from bench.pipeline import _columns, explain_training, training_told
+from bench.pipeline import columns_of, explain_training, training_told
 from bench.plan import Program, plan
 from bench.progress import duration
 from bench.provenance import size
@@ -324,7 +324,7 @@ def _gradient(model: Model) -> Work:
 def _span(session: Session, model: nn.Module, name: str, random: bool, cost: Seconds, n: int) -> Span:
     """The time of a protocol on `n` images that are all classified as they should be."""
     protocol = protocols.load(name)
-    programs = plan(_columns(protocol, session, model), random=random)
+    programs = plan(columns_of(protocol, session, model), random=random)
     mixture = as_mixture(model)
     low, high = cost.judged, 0.0
     for program in programs:

@@ -91,7 +91,7 @@ def weigh(session: Session, job: Job, seed: int) -> Weights:
 
 def _train(session: Session, job: Job, seed: int, folder: Path) -> None:
     """Trains a network into its folder."""
-    with _charging(job):
+    with charging(job):
         _announce(session, job)
         trained = train(
             job.defense,
@@ -146,7 +146,7 @@ def _save(folder: Path, session: Session, job: Job, seed: int, trained: Trained,
 def build(job: Job, data: Dataset, seed: int) -> nn.Module:
     """The untrained network; what a stranger's build raises is one line."""
     try:
-        with _charging(job):
+        with charging(job):
             model = initial(job.defense, data, seed)
     except BenchError:
         raise
@@ -164,12 +164,12 @@ def build(job: Job, data: Dataset, seed: int) -> nn.Module:
 
 def stages(job: Job, data: Dataset) -> Sequence[Stage]:
     """What is trained, in order."""
-    with _charging(job):
+    with charging(job):
         return job.defense.stages(data)
 
 
 @contextmanager
-def _charging(job: Job) -> Iterator[None]:
+def charging(job: Job) -> Iterator[None]:
     """Charges what the code of a stranger's defense raises to its file and line; what ours raises is our bug."""
     try:
         yield

@@ -267,6 +267,13 @@ def test_what_is_not_trained_yet_can_be_explained(name, folder):
     assert "about " in text
 
 
+def test_a_loss_that_raises_is_charged_to_its_line_by_an_explanation_too(folder):
+    file = folder / "mine.py"
+    file.write_text(file.read_text().replace("return F.cross_entropy(model(x), y)", "return [][0]"))
+    with pytest.raises(UsageError, match=r"'mine' \(mine.py, line 23\) raises IndexError"):
+        pipeline.explain_training(pipeline.prepare(**asked(folder)), "tiny")
+
+
 def test_a_run_in_another_thread_leaves_signals_alone(folder):
     frames = []
     thread = threading.Thread(target=lambda: frames.append(run(folder)))
