@@ -42,7 +42,10 @@ class Program:
         return sorted({column.steps for column in self.columns if column.restarts > restart})
 
     def gradients(self) -> tuple[int, int]:
-        """Forward-backward passes per image: at least (it falls to the first start), and at most (it never falls)."""
+        """Forward-backward passes per image: at least (it falls to the first start), and at most (it never falls).
+
+        Fewer than that where PGD's iterates go round, which is not known beforehand.
+        """
         if self.first.family == "fgsm":
             return self.first.eot, self.first.eot
         if self.first.family == "mixture":
@@ -124,6 +127,7 @@ def explain(programs: Sequence[Program], success: str) -> str:
     lines.append(
         f"{'together':24} {_span((low, high)):>11} {'':>9}  per image; one by one they would be {asked}"
     )
+    lines.append("a misclassified image costs nothing; one on which PGD goes round in circles, the way until then")
     lines.append(
         f"success: {success} ({'the final iterate decides' if success == 'last' else 'the worst iterate decides; broken images leave at once'})"
     )
