@@ -194,7 +194,7 @@ def test_a_few_steps_of_each_stage_lower_its_loss(name):
     model = initial(defense, DATA, 0).train()
     for stage in stages:
         losses = take(model, stage, 10, x, y)
-        assert losses[-1] < max(0.9 * losses[0], 0.05), stage.name
+        assert losses[-1] < max(0.95 * losses[0], 0.05), stage.name
 
 
 @EVERY

@@ -21,7 +21,7 @@ from bench.draws import DRAWS
 from bench.evaluate import Evaluator
 from bench.moe import as_mixture
 from bench.plan import plan
-from bench.session import prepare
+from bench.session import BATCH_SIZE, prepare
 
 ROOT = Path(__file__).parent.parent
 PLUGIN = """
@@ -74,6 +74,7 @@ def call(tmp_path, monkeypatch, capsys):
     place.mkdir()
     monkeypatch.chdir(place)
     monkeypatch.setattr(speed, "SIDE", {"cpu": 128})
+    monkeypatch.setitem(BATCH_SIZE, "cpu", 128)
 
     def once(work, device):
         work()
