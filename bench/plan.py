@@ -127,7 +127,9 @@ def explain(programs: Sequence[Program], success: str) -> str:
     lines.append(
         f"{'together':24} {_span((low, high)):>11} {'':>9}  per image; one by one they would be {asked}"
     )
-    lines.append("a misclassified image costs nothing; one on which PGD goes round in circles, the way until then")
+    lines.append(
+        "a misclassified image costs nothing; one on which PGD goes round in circles, the way until then"
+    )
     lines.append(
         f"success: {success} ({'the final iterate decides' if success == 'last' else 'the worst iterate decides; broken images leave at once'})"
     )
