@@ -91,7 +91,7 @@ def _quickest(model: nn.Module, x: Images, y: Labels) -> tuple[nn.Module, str]:
         exact = _apart(copy.deepcopy(model).double(), x)
         # off the grid of stored pixels, so that flat regions of an image are no ties for a max pool
         probe = 0.9 * x.double() + 0.1 * Rng("probe").uniform(x.double())
-        expected = input_gradient(exact, probe, y, _projection)
+        expected = input_gradient(exact, probe, y, projection)
         with torch.no_grad():
             logits = model(x)
     except BenchError:
@@ -106,7 +106,7 @@ def _quickest(model: nn.Module, x: Images, y: Labels) -> tuple[nn.Module, str]:
     ):
         try:
             candidate = ChannelsLast(change(copy.deepcopy(exact)).to(memory_format=torch.channels_last))
-            found = input_gradient(candidate, probe, y, _projection)
+            found = input_gradient(candidate, probe, y, projection)
             candidate.float()
             with torch.no_grad():
                 rounded = candidate(x)
@@ -127,7 +127,7 @@ def _apart(model: nn.Module, x: Images) -> nn.Module:
     return model
 
 
-def _projection(logits: Logits, y: Labels) -> Tensor:
+def projection(logits: Logits, y: Labels) -> Tensor:
     """A fixed random combination of the logits, `(b,)`: unlike a loss it has no images where its gradient vanishes."""
     return (logits * Rng("projection").normal(logits[:1].detach())).sum(1)
 

@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator, Sequence
 import torch
 from torch import Tensor
 
-from bench.attacks.gradient import finite, naming, refuse_nonfinite, unchecked_gradient
+from bench.attacks.gradient import finite, naming, refuse_nonfinite, unchecked_gradient, waits
 from bench.attacks.losses import AttackLoss, cross_entropy
 from bench.rng import Rng
 from bench.threat import ThreatModel
@@ -113,7 +113,9 @@ def trajectory(
     rows, labels = torch.arange(len(x), device=x.device), y
     own, project = x, threat.projection(x)
     # of images still under attack, and of those that are done: step t at place t modulo their number
-    iterates = [start] + [torch.full_like(x, torch.nan)] * ((PERIOD if rounds else 2) - 1)
+    iterates = [start, *(torch.full_like(x, torch.nan) for _ in range((PERIOD if rounds else 2) - 1))]
+    # the next iterate is written where the oldest was, once the two are compared
+    spare = torch.empty_like(x)
     done: list[tuple[Tensor, list[Images]]] = []
     seen = _Seen(rows)
     for step in range(1, max(milestones, default=0) + 1):
@@ -126,11 +128,11 @@ def trajectory(
             if witness is not None:
                 believed = logits.argmax(1) != labels if wrong is None else wrong(logits, labels)
                 # an image that goes round shows nothing new
-                seen.shown.append((step - 1, believed & ~seen.again, here))
-            moved = project(here.add(threat.ascent(gradient), alpha=step_size))
+                seen.shown.append((step - 1, believed & ~seen.again, here if every == 1 else here.clone()))
+            moved = project(torch.add(here, threat.ascent(gradient), alpha=step_size, out=spare))
             if rounds:
                 seen.again |= _same(moved, there)
-            iterates[step % len(iterates)] = moved
+            iterates[step % len(iterates)], spare = moved, there
             if step % every == 0 or step in milestones:
                 with naming(rows):
                     refuse_nonfinite(seen.odd_logits, seen.odd_gradients)
@@ -149,6 +151,7 @@ def trajectory(
                     left = stay.nonzero().flatten().to(rows.device)
                     rows, own, labels = rows[left], own[left], labels[left]
                     project, iterates = threat.projection(own), [images[left] for images in iterates]
+                    spare = torch.empty_like(own)
                 seen = _Seen(rows)
         if step in milestones:
             x_adv = torch.empty_like(x)
@@ -192,7 +195,7 @@ def _confirmed(seen: _Seen, rows: Tensor, witness: Witness | None) -> list[tuple
 
 def _same(moved: Images, there: Images) -> Tensor:
     """Which images are the same, pixel by pixel, bool `(b,)`."""
-    if moved.device.type != "cpu":
+    if waits(moved):
         return (moved == there).flatten(1).all(1)
     # one row of pixels tells most of them apart
     row = moved.shape[2] // 2
