@@ -146,8 +146,8 @@ def test_outcomes_do_not_depend_on_the_batch_size(success, batch_size):
 @pytest.mark.parametrize("success", ["last", "any"])
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_outcomes_do_not_depend_on_how_often_the_device_is_waited_for(success, precision, monkeypatch):
-    spec = {"steps": [7, 20], "restarts": 2, "step_size": 0.004}
-    asked = Protocol.model_validate({"name": "t", "column": [{"attack": "pgd"} | spec]}).columns(0.03)
+    spec = {"steps": [7, 20], "restarts": 2, "step_size": "eps/4"}
+    asked = Protocol.model_validate({"name": "t", "column": [{"attack": "pgd"} | spec]}).columns(0.003)
     model, data = small_net(10).eval(), dataset()
     with torch.no_grad():
         labels = model(data.test.batch(slice(None))[0]).argmax(1)
