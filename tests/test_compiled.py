@@ -135,6 +135,7 @@ def test_the_real_compiler_agrees(quicker, monkeypatch):
 
 
 @pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU here")
 def test_a_gpu_compiles_what_an_evaluation_asks_for(monkeypatch):
     monkeypatch.setattr(compiling, "BACKEND", "inductor")
     x, y = (tensor.cuda() for tensor in images(64))
