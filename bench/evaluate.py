@@ -18,10 +18,11 @@ from torch import Tensor, nn
 from bench.attacks.gradient import input_gradient
 from bench.attacks.losses import LOSSES
 from bench.audit.contract import contract
+from bench.compiled import compiled, may_compile, pays
 from bench.data import Split
 from bench.draws import DRAWS, RandomTrial, score
 from bench.errors import AttackCrash, BenchError, VoidRun
-from bench.fast import Precision, fast
+from bench.fast import Fast, Precision, fast
 from bench.finding import verdict
 from bench.judge import Cost, Judge, before_any_attack, exact_arithmetic, seeded
 from bench.model import LogProbabilities
@@ -75,7 +76,7 @@ class Evaluator:
     ) -> None:
         self.model = model.to(device).eval().requires_grad_(False)
         self.classes, self.split, self.seed, self.success = classes, split, seed, success
-        self.device = torch.device(device)
+        self.device, self.precision = torch.device(device), precision
         self.surrogates = {
             name: one.to(device).eval().requires_grad_(False) for name, one in (surrogates or {}).items()
         }
@@ -145,6 +146,22 @@ class Evaluator:
                 x, y = self.split.batch(index[start : start + batch_size], self.device)
                 right += int((judge(x, x, None) == y).sum())
         return right / len(index)
+
+    def prepare(self, programs: Sequence[Program], n: int, batch_size: int) -> None:
+        """Compiles the copy that gradients come from, if that pays back on `n` images; `about` then says so, or why not."""
+        if not may_compile(self.device) or self.draws or not isinstance(self.gradient_model, nn.Module):
+            return
+        worth, _ = self.compiling(*self.estimate(programs, n, batch_size))
+        if worth:
+            x, y = self.split.batch(self._asked_twice, self.device)
+            with exact_arithmetic(), before_any_attack():
+                made = compiled(Fast(self.gradient_model, self.about), x, y, self.precision)
+            self.gradient_model, self.about = made.model, made.about
+
+    def compiling(self, low: float, high: float) -> tuple[bool, str]:
+        """Whether compiling pays back in a run of so many seconds, at least and at most, and why."""
+        # most images cost far less than the most: they fall and leave, or their iterates go round
+        return pays(self.device, low if self.success == "last" else high / 4)
 
     def estimate(self, programs: Sequence[Program], n: int, batch_size: int) -> tuple[float, float]:
         """Seconds that the programs will take on `n` images, at least and at most, from one timed batch."""

@@ -1,7 +1,7 @@
 """The same function, faster: a copy of a model that gradients are taken from.
 
-BatchNorm in eval mode is an affine map and is folded into the convolution before it; weights lie channels-last; with
-`bf16` the passes run under autocast. Judging never uses the copy. Before it is used at all it is compared with the model,
+BatchNorm in eval mode is an affine map and is folded into the convolution before it; sums and ReLUs of what nobody else
+reads overwrite it, bit for bit the same; weights lie channels-last; with `bf16` the passes run under autocast. Judging never uses the copy. Before it is used at all it is compared with the model,
 both in float64, where folding is exact to rounding and no activation is so near to 0 that rounding decides its sign: in
 float32 a correct copy of an untrained network can differ by a percent. What differs, or cannot be compared, is not used.
 """
@@ -9,11 +9,13 @@ float32 a correct copy of an untrained network can differ by a percent. What dif
 from __future__ import annotations
 
 import copy
+import operator
 from dataclasses import dataclass
 from typing import Literal
 
 import torch
 from torch import Tensor, fx, nn
+from torch.nn import functional as F
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from bench.attacks.gradient import input_gradient
@@ -24,6 +26,7 @@ from bench.types import Images, Labels, Logits, Model
 
 Precision = Literal["fp32", "bf16"]
 
+FOLDED = "folded BatchNorm, channels_last"
 #: how many images copies are compared on
 PROBES = 2
 #: the largest difference in float64 from the model's logits and gradients, relative to their largest value
@@ -88,7 +91,7 @@ def _quickest(model: nn.Module, x: Images, y: Labels) -> tuple[nn.Module, str]:
         exact = _apart(copy.deepcopy(model).double(), x)
         # off the grid of stored pixels, so that flat regions of an image are no ties for a max pool
         probe = 0.9 * x.double() + 0.1 * Rng("probe").uniform(x.double())
-        expected = input_gradient(exact, probe, y, _projection)
+        expected = input_gradient(exact, probe, y, projection)
         with torch.no_grad():
             logits = model(x)
     except BenchError:
@@ -96,10 +99,14 @@ def _quickest(model: nn.Module, x: Images, y: Labels) -> tuple[nn.Module, str]:
     except Exception:
         # a stranger's model may refuse to be copied or to run in float64, in any way
         return model, "as it is (it does not run in float64)"
-    for about, change in (("folded BatchNorm, channels_last", _folded), ("channels_last", nn.Identity())):
+    for about, change in (
+        (FOLDED, lambda model: _in_place(_folded(model))),
+        (FOLDED, _folded),
+        ("channels_last", nn.Identity()),
+    ):
         try:
             candidate = ChannelsLast(change(copy.deepcopy(exact)).to(memory_format=torch.channels_last))
-            found = input_gradient(candidate, probe, y, _projection)
+            found = input_gradient(candidate, probe, y, projection)
             candidate.float()
             with torch.no_grad():
                 rounded = candidate(x)
@@ -120,7 +127,7 @@ def _apart(model: nn.Module, x: Images) -> nn.Module:
     return model
 
 
-def _projection(logits: Logits, y: Labels) -> Tensor:
+def projection(logits: Logits, y: Labels) -> Tensor:
     """A fixed random combination of the logits, `(b,)`: unlike a loss it has no images where its gradient vanishes."""
     return (logits * Rng("projection").normal(logits[:1].detach())).sum(1)
 
@@ -154,6 +161,52 @@ def _folded(module: nn.Module) -> nn.Module:
     traced.delete_all_unused_submodules()
     traced.recompile()
     return traced
+
+
+def _in_place(module: nn.Module) -> nn.Module:
+    """The module, folded, with sums and ReLUs that overwrite what they are given where nothing else reads it."""
+    for traced in [part for part in module.modules() if isinstance(part, fx.GraphModule)]:
+        parts = dict(traced.named_modules())
+        for node in traced.graph.nodes:
+            given = node.args
+            if node.op == "call_function" and node.target in SUMS and len(given) == 2 and not node.kwargs:
+                own = [arg for arg in given if _unshared(arg, parts)]
+                if own:
+                    other = given[1] if own[0] is given[0] else given[0]
+                    node.target, node.args = _add, (own[0], other)
+            elif _is_relu(node, parts) and _unshared(given[0], parts):
+                node.op, node.target, node.args, node.kwargs = "call_function", torch.relu_, given[:1], {}
+        traced.delete_all_unused_submodules()
+        traced.recompile()
+    return module
+
+
+#: sums of two tensors; the last overwrites the first of them
+SUMS = (operator.add, torch.add, operator.iadd)
+
+
+def _is_relu(node: fx.Node, parts: dict[str, nn.Module]) -> bool:
+    if node.op == "call_module":
+        return type(parts[str(node.target)]) is nn.ReLU
+    return node.op == "call_function" and node.target in (F.relu, torch.relu)
+
+
+def _unshared(value: object, parts: dict[str, nn.Module]) -> bool:
+    """Whether it is a tensor of its own that one node reads, and no backward pass: a convolution's, or a sum's."""
+    if not isinstance(value, fx.Node) or len(value.users) != 1:
+        return False
+    if value.op == "call_module":
+        return type(parts[str(value.target)]) is nn.Conv2d
+    if value.op == "call_function" and value.target in (operator.iadd, _add):
+        return _unshared(value.args[0], parts)
+    return value.op == "call_function" and value.target in SUMS
+
+
+def _add(own: Tensor, other: Tensor) -> Tensor:
+    """Their sum; it overwrites the first where that is of the sum's shape and type."""
+    if isinstance(other, Tensor) and own.shape == other.shape and own.dtype == other.dtype:
+        return own.add_(other)
+    return own + other
 
 
 def _close(a: Tensor, b: Tensor, tolerance: float) -> bool:

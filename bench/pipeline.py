@@ -135,7 +135,7 @@ def explain_session(session: Session) -> str:
             lines.append(explain(programs, protocol.success))
             low, high = evaluator.estimate(programs, n, session.batch_size)
             lines.append(
-                f"gradients: {evaluator.about}; about {duration(low)} to {duration(high)} on this machine\n"
+                f"gradients: {evaluator.about}; {evaluator.compiling(low, high)[1]}; about {duration(low)} to {duration(high)} on this machine\n"
             )
     return "\n".join(lines).rstrip()
 
@@ -254,6 +254,7 @@ def evaluate(session: Session, job: Job, seed: int, weights: Weights, protocol: 
         programs = plan(columns, random=evaluator.random)
         parts = Parts(folder / "parts")
         with naming_defense(job):
+            evaluator.prepare(programs, n, session.batch_size)
             _attack_all(evaluator, programs, parts, n, session, f"{job.name}: {protocol.name}")
             evaluator.unchanged()
     except VoidRun as error:
@@ -262,11 +263,16 @@ def evaluate(session: Session, job: Job, seed: int, weights: Weights, protocol: 
         raise
     outcomes = parts.outcomes([column.name for column in columns])
     facts = evaluator.facts
+    compiling = [evaluator.about] if "compiled" in evaluator.about else []
     if weights.loaded is not None:
         facts = facts.model_copy(update={"stated_clean": weights.loaded.clean})
     notes = [
         Finding(code="checkpoint", severity="informs", evidence=text, advice=NOTE)
         for text in weights.findings
+    ]
+    notes += [
+        Finding(code="compiled", severity="informs", evidence=f"gradients: {text}", advice=COMPILED)
+        for text in compiling
     ]
     x, _ = data.test.batch(slice(0, CHECKED), session.device)
     with naming_defense(job):
@@ -295,6 +301,10 @@ def evaluate(session: Session, job: Job, seed: int, weights: Weights, protocol: 
 
 #: what to do about a run that is void
 VOID = "there is no number for this model until the cause is removed"
+#: what to do about a note on compiling
+COMPILED = (
+    "nothing: attacks follow gradients that round otherwise than uncompiled ones; the network itself judges"
+)
 #: what to do about a note on a checkpoint
 NOTE = "see that this is what was meant"
 

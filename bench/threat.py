@@ -5,7 +5,9 @@ A threat model owns everything that depends on its norm, so that an attack is wr
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Protocol
 
 import torch
@@ -36,6 +38,10 @@ class ThreatModel(Protocol):
         """The nearest allowed images."""
         ...
 
+    def projection(self, x: Images) -> Callable[[Images], Images]:
+        """`project` onto the balls around `x`, for many calls; it may overwrite the images that it is given."""
+        ...
+
     def random_start(self, x: Images, rng: Rng) -> Images:
         """Images drawn from the ball around `x`, inside the box."""
         ...
@@ -58,7 +64,15 @@ class Linf:
 
     def project(self, x_adv: Images, x: Images) -> Images:
         """`x_adv` clamped to `x ± eps` and to [0,1]."""
-        return torch.clamp(x_adv, (x - self.eps).clamp_min_(0), (x + self.eps).clamp_max_(1))
+        return torch.clamp(x_adv, *self._bounds(x))
+
+    def projection(self, x: Images) -> Callable[[Images], Images]:
+        """The same with bounds that are computed once; it overwrites the images."""
+        low, high = self._bounds(x)
+        return lambda x_adv: x_adv.clamp_(low, high)
+
+    def _bounds(self, x: Images) -> tuple[Images, Images]:
+        return (x - self.eps).clamp_min_(0), (x + self.eps).clamp_max_(1)
 
     def random_start(self, x: Images, rng: Rng) -> Images:
         """`x + U(-eps, eps)`, clamped to [0,1]."""
@@ -70,7 +84,7 @@ class Linf:
 
     def contains(self, x_adv: Images, x: Images) -> Tensor:
         """Largest change at most `eps`, pixels in [0,1], both up to 1e-6."""
-        within = (x_adv - x).abs().flatten(1).amax(1) <= self.eps + TOLERANCE
+        within = (x_adv - x).abs_().flatten(1).amax(1) <= self.eps + TOLERANCE
         return within & _in_box(x_adv)
 
 
@@ -85,6 +99,10 @@ class L2:
         """Into the box, then along the ray to `x` into the ball; the ray stays in the box, which is convex."""
         change = torch.clamp(x_adv, 0, 1) - x
         return x + change * (self.eps / _length(change).clamp_min(1e-12)).clamp_max(1)
+
+    def projection(self, x: Images) -> Callable[[Images], Images]:
+        """`project` onto the balls around `x`."""
+        return partial(self.project, x=x)
 
     def random_start(self, x: Images, rng: Rng) -> Images:
         """Uniform in the ball: a normal direction, and the radius `eps * U^(1/d)`."""

@@ -193,6 +193,8 @@ class Trial:
         first, wanted, n = self.program.first, self._wanted(restarts[0]), len(rows)
         threat = threat_model(first.norm, first.eps)
         copies = rows.repeat(len(restarts))
+        # what a witness confirmed stays as it is, and need not be asked about again
+        fallen = torch.zeros_like(copies, dtype=torch.bool)
         found: list[Entry] = []
         # of several starts, the first that breaks an image is to be named, and not the one of the fewest steps
         tell = self._tell if len(restarts) == 1 else found.append
@@ -208,7 +210,9 @@ class Trial:
             return prediction != self.y[copies[which]]
 
         def witness(step: int, which: Tensor, x_adv: Images) -> Tensor:
-            return note([column for column in wanted if column.steps >= step], which, x_adv, step, True)
+            broken = note([column for column in wanted if column.steps >= step], which, x_adv, step, True)
+            fallen[which] = broken
+            return broken
 
         rngs = [self.starts("pgd", first.loss, restart, rows=rows) for restart in restarts]
         start = None
@@ -232,7 +236,9 @@ class Trial:
         with naming(copies):
             for step, x_adv in runs:
                 asked = [column for column in wanted if column.steps == step]
-                note(asked, torch.arange(len(copies), device=rows.device), x_adv, step, False)
+                left = (~fallen).nonzero().flatten()
+                if len(left):
+                    note(asked, left, x_adv[left], step, False)
         for entry in sorted(found, key=lambda entry: (entry.restart, entry.step)):
             self._tell(entry)
 

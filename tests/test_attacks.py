@@ -1,9 +1,11 @@
 import itertools
+import sys
 
 import pytest
 import torch
 from oracles import Hyperplane, points, small_net
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from bench.attacks.autoattack import autoattack
 from bench.attacks.fgsm import fgsm, sweep
@@ -250,10 +252,11 @@ class Asked:
     """A model that counts the images it is asked about."""
 
     def __init__(self, model):
-        self.model, self.images = model, 0
+        self.model, self.images, self.calls = model, 0, 0
 
     def __call__(self, x):
         self.images += len(x)
+        self.calls += 1
         return self.model(x)
 
 
@@ -318,6 +321,75 @@ def test_waiting_for_the_device_less_often_breaks_the_same_images_at_the_same_st
     assert broke and broke == broke_later and len(set(broke.values())) > 2
     for (_, one), (_, other) in zip(images, images_later, strict=True):
         assert torch.equal(one, other)
+
+
+def test_a_witness_that_disagrees_now_and_then_is_shown_the_same_however_often_the_device_is_waited_for():
+    model, x, y, rng = scene()
+    eps = 2 * float(model.margin(x).median())
+
+    def attacked(every):
+        shown = []
+
+        def witness(step, rows, x_adv):
+            shown.extend((step, int(row), float(one.sum())) for row, one in zip(rows, x_adv, strict=True))
+            # the model that judges is not the one that gradients come from
+            return (model(x_adv).argmax(1) != y[rows]) & ((rows + step) % 3 == 0)
+
+        ask = {"rng": rng, "milestones": [12, 40], "step_size": eps / 10, "witness": witness, "rounds": True}
+        return list(trajectory(model, x, y, Linf(eps), **ask, every=every)), sorted(shown)
+
+    images, shown = attacked(1)
+    assert len(shown) > len({row for _, row, _ in shown})
+    for every in (5, 10):
+        images_later, shown_later = attacked(every)
+        assert shown_later == shown
+        for (_, one), (_, other) in zip(images, images_later, strict=True):
+            assert torch.equal(one, other)
+
+
+#: what waits for the device: a number is read, or how many there are
+WAITING = {
+    "_local_scalar_dense",
+    "item",
+    "nonzero",
+    "is_nonzero",
+    "equal",
+    "masked_select",
+    "unique_dim",
+    "_unique2",
+}
+
+
+class Waits(TorchDispatchMode):
+    """Notes the number of gradients that had been taken whenever something waits for the device."""
+
+    def __init__(self, gradients):
+        super().__init__()
+        self.gradients, self.at = gradients, []
+
+    def __torch_dispatch__(self, called, types, args=(), kwargs=None):
+        name = called._schema.name.split("::")[1]
+        masks = args[1] if name in ("index", "index_put_", "index_put") else ()
+        if name in WAITING or any(mask is not None and mask.dtype == torch.bool for mask in masks):
+            self.at.append((self.gradients(), name))
+        return called(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("loss", LOSSES.values(), ids=LOSSES)
+@pytest.mark.parametrize("norm", ["Linf", "L2"])
+def test_between_compactions_nothing_waits_for_the_device(norm, loss, monkeypatch):
+    model, x, y, rng = scene()
+    # what a CPU does otherwise, because there waiting costs nothing
+    for name in ("gradient", "pgd"):
+        monkeypatch.setattr(sys.modules[f"bench.attacks.{name}"], "waits", lambda values: True)
+    threat = threat_model(norm, 1.5 * float(model.margin(x).median()))
+    ask = {"rng": rng, "milestones": [10, 20], "step_size": threat.eps / 10, "rounds": True, "loss": loss}
+    witness = lambda step, rows, x_adv: model(x_adv).argmax(1) != y[rows]  # noqa: E731
+    steps = Asked(model)
+    with Waits(lambda: steps.calls) as waits:
+        list(trajectory(steps, x, y, threat, **ask, every=5, witness=witness))
+    assert steps.calls == 20
+    assert {at for at, _ in waits.at} == {5, 10, 15, 20}
 
 
 @pytest.mark.parametrize("every", [1, 4])

@@ -1,3 +1,5 @@
+import copy
+
 import numpy as np
 import pytest
 import torch
@@ -6,7 +8,7 @@ from torch import nn
 
 from bench import protocol as protocols
 from bench.attacks.losses import LOSSES
-from bench.attacks.pgd import pgd
+from bench.attacks.pgd import pgd, trajectory
 from bench.errors import AttackCrash, VoidRun
 from bench.evaluate import Evaluator
 from bench.judge import Cost, Judge
@@ -139,6 +141,42 @@ def test_outcomes_do_not_depend_on_the_batch_size(success, batch_size):
     split, _ = evaluate(model, data, asked, success=success, batch_size=batch_size)
     for column in asked:
         assert torch.equal(whole[column.name], split[column.name]), column.name
+
+
+@pytest.mark.parametrize("success", ["last", "any"])
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_outcomes_do_not_depend_on_how_often_the_device_is_waited_for(success, precision, monkeypatch):
+    spec = {"steps": [7, 20], "restarts": 2, "step_size": "eps/4"}
+    asked = Protocol.model_validate({"name": "t", "column": [{"attack": "pgd"} | spec]}).columns(0.003)
+    model, data = small_net(10).eval(), dataset()
+    with torch.no_grad():
+        labels = model(data.test.batch(slice(None))[0]).argmax(1)
+    data = dataset(labels=labels)
+    found = []
+    for every in (1, 5, 10):
+        monkeypatch.setattr(
+            "bench.trial.trajectory",
+            lambda *args, every=every, **named: trajectory(*args, every=every, **named),
+        )
+        evaluator = Evaluator(
+            copy.deepcopy(model), classes=10, split=data.test, seed=0, success=success, precision=precision
+        )
+        found.append(evaluator.run(plan(asked), np.arange(24)).outcomes)
+    for column in asked:
+        for name in ("robust", "prediction", "restart", "step"):
+            one, *others = (getattr(outcomes[column.name], name) for outcomes in found)
+            assert all(torch.equal(one, other) for other in others), (column.name, name)
+    assert 0 < int(found[0][asked[-1].name].robust.sum()) < 24
+
+
+def test_an_image_that_is_seen_to_break_is_not_asked_about_again():
+    specs = {"attack": "pgd", "steps": [20, 40, 60]}
+    asked = Protocol.model_validate({"name": "t", "column": [specs]}).columns(0.9)
+    batch = Evaluator(Hyperplane(), classes=10, split=dataset().test, seed=0, success="any").run(
+        plan(asked), np.arange(24)
+    )
+    assert not batch.outcomes["pgd-60"].robust.any()
+    assert batch.costs["pgd"].forwards == 24
 
 
 def test_outcomes_do_not_depend_on_which_images_come_with_an_image():

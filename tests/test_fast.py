@@ -14,7 +14,7 @@ from baselines.resnet import resnet18
 from bench.attacks.gradient import input_gradient
 from bench.attacks.losses import cross_entropy, margin
 from bench.errors import VoidRun
-from bench.fast import Autocast, ChannelsLast, fast
+from bench.fast import Autocast, ChannelsLast, _add, _folded, _in_place, fast
 from bench.model import Normalized
 from bench.moe import Experts
 from bench.registry import get
@@ -146,6 +146,38 @@ def test_an_untrained_network_of_tiny_gradients_is_folded_too(name, seed):
     gradient, _ = input_gradient(model, x, y, cross_entropy)
     assert gradient.abs().max() < 1e-4
     assert fast(model, x, y).about == FOLDED
+
+
+class Joined(nn.Module):
+    """Sums and ReLUs that may be overwritten (two each), and others that may not: somebody reads what they are of."""
+
+    def __init__(self):
+        super().__init__()
+        self.convs = nn.ModuleList(nn.Conv2d(c, 4, 3, padding=1) for c in (3, 4, 4, 4))
+        self.relu = nn.ReLU()
+        self.linear = nn.Linear(4, 3)
+
+    def forward(self, x):
+        h = self.relu(self.convs[0](x))
+        h = self.relu(h + self.convs[1](h))
+        read = self.convs[2](h)
+        h = read + F.relu(read) + torch.relu(h - 0.5)
+        h = self.convs[3](h) + 0.25
+        return self.linear(h.mean((2, 3)))
+
+
+def test_sums_and_relus_overwrite_what_nobody_else_reads_and_change_no_bit():
+    (x, y), model = images(), Joined().eval().requires_grad_(False)
+    lean = _in_place(_folded(copy.deepcopy(model)))
+    written = [node for node in lean.graph.nodes if node.target in (torch.relu_, _add)]
+    assert [node.target for node in written].count(torch.relu_) == 2
+    x = x.requires_grad_(True)
+    for dtype in (torch.float32, torch.bfloat16):
+        with torch.autocast("cpu", torch.bfloat16, enabled=dtype is torch.bfloat16):
+            found, expected = (input_gradient(one, x, y, cross_entropy) for one in (lean, model))
+        for a, b in zip(found, expected, strict=True):
+            assert torch.equal(a, b)
+    assert fast(model, x.detach(), y).about == FOLDED
 
 
 def test_confident_networks_are_folded_though_their_loss_has_no_gradient():

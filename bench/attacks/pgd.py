@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator, Sequence
 import torch
 from torch import Tensor
 
-from bench.attacks.gradient import finite, naming, refuse_nonfinite, unchecked_gradient
+from bench.attacks.gradient import finite, naming, refuse_nonfinite, unchecked_gradient, waits
 from bench.attacks.losses import AttackLoss, cross_entropy
 from bench.rng import Rng
 from bench.threat import ThreatModel
@@ -98,7 +98,8 @@ def trajectory(
     either: its iterates go round from there on. Only where the gradient is a function of the image alone is that so.
 
     Every so many steps (`every`: 1 on a CPU, else `EVERY`) and at milestones the images that are done leave the batch; in
-    between nothing waits for the device. The witness is then shown, of the iterates since, the first that `model` got wrong.
+    between nothing waits for the device. The witness is then shown the iterates since, step by step, so that what is found
+    does not depend on how often that is.
 
     Raises:
         NonFinite: a logit or a gradient is NaN or infinite.
@@ -109,11 +110,13 @@ def trajectory(
         start = threat.project(start, x)
     else:
         start = threat.random_start(x, rng.at("start")) if random_start else x.clone()
-    rows, own, labels = torch.arange(len(x), device=x.device), x, y
+    rows, labels = torch.arange(len(x), device=x.device), y
+    own, project = x, threat.projection(x)
     # of images still under attack, and of those that are done: step t at place t modulo their number
-    iterates = x.new_full((PERIOD if rounds else 2, *x.shape), torch.nan)
-    iterates[0] = start
-    done: list[tuple[Tensor, Images]] = []
+    iterates = [start, *(torch.full_like(x, torch.nan) for _ in range((PERIOD if rounds else 2) - 1))]
+    # the next iterate is written where the oldest was, once the two are compared
+    spare = torch.empty_like(x)
+    done: list[tuple[Tensor, list[Images]]] = []
     seen = _Seen(rows)
     for step in range(1, max(milestones, default=0) + 1):
         here, there = iterates[(step - 1) % len(iterates)], iterates[step % len(iterates)]
@@ -124,62 +127,80 @@ def trajectory(
             seen.odd_gradients |= ~finite(gradient)
             if witness is not None:
                 believed = logits.argmax(1) != labels if wrong is None else wrong(logits, labels)
-                seen.believe(believed, step - 1, here if every == 1 else here.clone())
-            moved = threat.project(here.add(threat.ascent(gradient), alpha=step_size), own)
+                # an image that goes round shows nothing new
+                seen.shown.append((step - 1, believed & ~seen.again, here if every == 1 else here.clone()))
+            moved = project(torch.add(here, threat.ascent(gradient), alpha=step_size, out=spare))
             if rounds:
-                seen.again |= (moved == there).flatten(1).all(1)
-            there.copy_(moved)
+                seen.again |= _same(moved, there)
+            iterates[step % len(iterates)], spare = moved, there
             if step % every == 0 or step in milestones:
                 with naming(rows):
                     refuse_nonfinite(seen.odd_logits, seen.odd_gradients)
-                broken = _confirmed(seen, rows, witness)
-                caught = seen.again & ~broken
-                stay = ~(broken | caught)
+                fell = _confirmed(seen, rows, witness)
+                caught = seen.again.cpu()
+                for which, _ in fell:
+                    caught[which] = False
+                stay = ~caught
+                for which, images in fell:
+                    stay[which] = False
+                    done.append((rows[which.to(rows.device)], [images]))
+                if caught.any():
+                    some = caught.nonzero().flatten().to(rows.device)
+                    done.append((rows[some], [images[some] for images in iterates]))
                 if not stay.all():
-                    done += [(rows[broken], seen.shown(broken)[None])] if broken.any() else []
-                    done += [(rows[caught], iterates[:, caught])]
-                    rows, own, labels, iterates = rows[stay], own[stay], labels[stay], iterates[:, stay]
+                    left = stay.nonzero().flatten().to(rows.device)
+                    rows, own, labels = rows[left], own[left], labels[left]
+                    project, iterates = threat.projection(own), [images[left] for images in iterates]
+                    spare = torch.empty_like(own)
                 seen = _Seen(rows)
         if step in milestones:
             x_adv = torch.empty_like(x)
             x_adv[rows] = iterates[step % len(iterates)]
-            for some, images in done:
-                x_adv[some] = images[step % len(images)]
+            for which, turns in done:
+                x_adv[which] = turns[step % len(turns)]
             yield step, x_adv
 
 
 class _Seen:
     """What was seen of the images in the batch since it was last asked, none of which waits for the device.
 
-    The first `images` that were `believed` broken, at which `step`; whether an iterate came `again`; what was not finite.
+    Of each step, the iterates before it and which of them were believed broken; whether an iterate came `again`; what was
+    not finite.
     """
 
     def __init__(self, rows: Tensor) -> None:
-        self.believed, self.again, self.odd_logits, self.odd_gradients = torch.zeros(
-            (4, len(rows)), dtype=torch.bool, device=rows.device
+        self.again, self.odd_logits, self.odd_gradients = torch.zeros(
+            (3, len(rows)), dtype=torch.bool, device=rows.device
         )
-        self.step = torch.zeros_like(rows)
-        self.images: Images | None = None
-
-    def believe(self, broken: Tensor, step: int, images: Images) -> None:
-        first = broken & ~self.believed
-        self.images = (
-            images if self.images is None else torch.where(first[:, None, None, None], images, self.images)
-        )
-        self.step = torch.where(first, step, self.step)
-        self.believed = self.believed | broken
-
-    def shown(self, which: Tensor) -> Images:
-        assert self.images is not None, "nothing was believed broken"
-        return self.images[which]
+        self.shown: list[tuple[int, Tensor, Images]] = []
 
 
-def _confirmed(seen: _Seen, rows: Tensor, witness: Witness | None) -> Tensor:
-    """Which of the images that are believed broken are so, bool `(b,)`; none where there is nobody to ask."""
-    broken = torch.zeros_like(seen.believed)
-    if witness is None or not seen.believed.any():
-        return broken
-    for step in torch.unique(seen.step[seen.believed]).tolist():
-        shown = seen.believed & (seen.step == step)
-        broken[shown] = witness(step, rows[shown], seen.shown(shown))
-    return broken
+def _confirmed(seen: _Seen, rows: Tensor, witness: Witness | None) -> list[tuple[Tensor, Images]]:
+    """The images that are confirmed as broken: their places in the batch, on the CPU, and what broke them, step by step."""
+    if witness is None or not seen.shown:
+        return []
+    # one wait for all steps
+    beliefs = torch.stack([believed for _, believed, _ in seen.shown]).cpu()
+    standing, fell = torch.ones(len(rows), dtype=torch.bool), []
+    for (step, _, images), believed in zip(seen.shown, beliefs, strict=True):
+        which = (believed & standing).nonzero().flatten()
+        if len(which) > 0:
+            there = which.to(rows.device)
+            confirmed = witness(step, rows[there], images[there]).cpu()
+            which = which[confirmed]
+            standing[which] = False
+            fell.append((which, images[which.to(rows.device)]))
+    return fell
+
+
+def _same(moved: Images, there: Images) -> Tensor:
+    """Which images are the same, pixel by pixel, bool `(b,)`."""
+    if waits(moved):
+        return (moved == there).flatten(1).all(1)
+    # one row of pixels tells most of them apart
+    row = moved.shape[2] // 2
+    same = (moved[:, :, row] == there[:, :, row]).flatten(1).all(1)
+    likely = same.nonzero().flatten()
+    if len(likely) > 0:
+        same[likely] = (moved[likely] == there[likely]).flatten(1).all(1)
+    return same
