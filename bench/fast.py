@@ -1,9 +1,10 @@
 """The same function, faster: a copy of a model that gradients are taken from.
 
 BatchNorm in eval mode is an affine map and is folded into the convolution before it; sums and ReLUs of what nobody else
-reads overwrite it, bit for bit the same; weights lie channels-last; with `bf16` the passes run under autocast. Judging never uses the copy. Before it is used at all it is compared with the model,
-both in float64, where folding is exact to rounding and no activation is so near to 0 that rounding decides its sign: in
-float32 a correct copy of an untrained network can differ by a percent. What differs, or cannot be compared, is not used.
+reads overwrite it, bit for bit the same; weights lie channels-last; with `bf16` the passes run under autocast. Judging
+never uses the copy. Before it is used at all it is compared with the model, both in float64, where folding is exact to
+rounding and no activation is so near to 0 that rounding decides its sign: in float32 a correct copy of an untrained
+network can differ by a percent. What differs, or cannot be compared, is not used.
 """
 
 from __future__ import annotations
