@@ -7,12 +7,12 @@ import matplotlib.image
 import numpy as np
 import pytest
 import torch
+from bench.heatmaps import figure, similarity
 
 import bench.weights
 from bench.cli import commands
 from bench.errors import UsageError
 from bench.gradcam import heatmaps
-from bench.heatmaps import figure, similarity
 from bench.session import prepare
 from bench.weights import FILES, weigh
 
