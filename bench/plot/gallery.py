@@ -19,7 +19,7 @@ from bench.session import Session
 #: images, where nothing else is said, the most in one column of a paper, and the most of all
 IMAGES, COLUMN, MOST = 6, 6, 12
 #: inches left of the images, above them, and below a row of them, for what is said
-LEFT, TOP, SAID = 0.2, 0.16, 0.21
+LEFT, TOP, SAID = 0.25, 0.16, 0.21
 
 
 @dataclass(frozen=True)
@@ -85,7 +85,7 @@ def _draw(
     down = side * found.x.shape[2] / found.x.shape[3]
     rows: tuple[tuple[str, Tensor, Answers | None], ...] = (
         ("clean", found.x, clean),
-        (f"perturbation ×{times(found.eps)}", shown(found), None),
+        (f"perturbation\n×{times(found.eps)}", shown(found), None),
         ("adversarial", found.x_adv, adversarial),
     )
     height = TOP + sum(down + (SAID if answers else 0.05) for _, _, answers in rows)

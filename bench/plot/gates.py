@@ -114,7 +114,7 @@ def _draw(clean: Usage, adversarial: Usage, soft: bool, attack: str) -> list[tup
     width = WIDTH if experts <= COLUMN else WIDE
     with matplotlib.rc_context(STYLE):
         page = canvas(width, 1.9)
-        axes = page.add_axes((0.45 / width, 0.2, 1 - 0.53 / width, 0.66))
+        axes = page.add_axes((0.5 / width, 0.2, 1 - 0.58 / width, 0.66))
         at = np.arange(experts)
         n = len(clean.weights)
         fills: tuple[tuple[float, Usage, str, dict[str, Any]], ...] = (
