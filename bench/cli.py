@@ -343,6 +343,24 @@ def train(explain: bool, as_json: bool, **shared: Any) -> None:
 )
 @click.option("--per-class", is_flag=True, help="A column for each class, and the worst one.")
 @click.option("--cost", is_flag=True, help="What each training cost, the cheapest first.")
+@click.option("--columns", metavar="A,B", help="These alone, by heading, name or attack, in this order.")
+@click.option("--transpose", is_flag=True, help="Attacks down the side, defenses across.")
+@click.option("--best/--no-best", default=True, show_default=True, help="Set off the best of a column.")
+@click.option("--std/--no-std", default=True, show_default=True, help="± over seeds.")
+@click.option("--ci/--no-ci", default=False, show_default=True, help="95 % Wilson intervals in brackets.")
+@click.option("--taxonomy", is_flag=True, help="Instead: how the defenses gate, route, train and activate.")
+@click.option("--protocols", is_flag=True, help="Instead: the attack settings of every protocol.")
+@click.option(
+    "--recipes",
+    is_flag=False,
+    flag_value="all",
+    metavar="[NAME]",
+    help="Instead: the hyperparameters of every recipe, or of one, such as paper.",
+)
+@click.option("--standalone", is_flag=True, help="With --format latex: a whole document for pdflatex.")
+@click.option(
+    "--plugin", type=click.Path(path_type=Path), metavar="FILE.py", help="A file that registers defenses."
+)
 @click.option("--json", "as_json", is_flag=True, help="The long table as JSON.")
 def table(
     results: Path,
@@ -352,30 +370,92 @@ def table(
     compare_to: str | None,
     per_class: bool,
     cost: bool,
+    columns: str | None,
+    transpose: bool,
+    best: bool,
+    std: bool,
+    ci: bool,
+    taxonomy: bool,
+    protocols: bool,
+    recipes: str | None,
+    standalone: bool,
+    plugin: Path | None,
     as_json: bool,
 ) -> None:
-    """Print what was measured."""
-    if as_json:
-        for option, given in (("--compare-to", compare_to), ("--per-class", per_class), ("--cost", cost)):
+    """Print what was measured; or what there is to measure: --taxonomy, --protocols, --recipes."""
+    names = tuple(name.strip() for name in (columns or "").split(",") if name.strip())
+    measured = {
+        "--compare-to": compare_to is not None,
+        "--per-class": per_class,
+        "--cost": cost,
+        "--ci": ci,
+        "--no-std": not std,
+        "--no-best": not best,
+    }
+    catalogued = {"--taxonomy": taxonomy, "--protocols": protocols, "--recipes": recipes is not None}
+    if standalone and format_ != "latex":
+        raise UsageError("--standalone makes a LaTeX document; add --format latex")
+    if any(catalogued.values()):
+        for option, given in {**measured, "--json": as_json, "--layout long": layout == "long"}.items():
+            if given:
+                raise UsageError(f"{option} is of what was measured; leave it out or leave the catalogue out")
+        if sum(catalogued.values()) > 1:
+            raise UsageError(
+                f"{' and '.join(o for o, given in catalogued.items() if given)}: ask for one at a time"
+            )
+        text = _catalogue(taxonomy, protocols, recipes, published, plugin, names, transpose, format_)
+    elif as_json:
+        for option, given in {**measured, "--columns": bool(names), "--transpose": transpose}.items():
             if given:
                 raise UsageError(f"--json has no place for {option}; take a format of the paper's layout")
         from bench.long import load_results
 
         click.echo(load_results(results).to_json(orient="records", indent=2))
         return
-    from bench.table import render
+    else:
+        from bench.table import Look, render
 
-    text = render(
-        results,
-        format=format_,
-        layout=layout,
-        published=published,
-        compare_to=compare_to,
-        per_class=per_class,
-        cost=cost,
-        color=sys.stdout.isatty(),
-    )
+        text = render(
+            results,
+            format=format_,
+            layout=layout,
+            published=published,
+            compare_to=compare_to,
+            per_class=per_class,
+            cost=cost,
+            look=Look(transpose=transpose, columns=names, best=best, std=std, ci=ci),
+            color=sys.stdout.isatty(),
+        )
+    if standalone:
+        from bench.typeset import document
+
+        text = document(text)
     click.echo(text.rstrip("\n"))
+
+
+def _catalogue(
+    taxonomy: bool,
+    protocols: bool,
+    recipes: str | None,
+    published: bool,
+    plugin: Path | None,
+    columns: tuple[str, ...],
+    transpose: bool,
+    format_: str,
+) -> str:
+    from bench import catalogue, registry, sheet
+
+    if plugin is not None:
+        registry.load_plugin(plugin)
+    if taxonomy:
+        made = catalogue.taxonomy(beside=published)
+    elif protocols:
+        made = catalogue.attacks()
+    else:
+        made = catalogue.recipes(None if recipes == "all" else recipes)
+    if columns:
+        made = sheet.chosen(made, columns)
+    return sheet.written(sheet.transposed(made) if transpose else made, format_)
 
 
 @commands.command()
