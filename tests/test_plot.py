@@ -7,6 +7,7 @@ import sys
 import matplotlib
 import matplotlib.image
 import numpy as np
+import pypdf
 import pytest
 from made_up import found as doubt
 from made_up import paper_columns, run
@@ -443,7 +444,6 @@ def test_every_figure_has_its_data_and_the_data_can_be_had_alone(every, curve):
 
 
 def test_every_pdf_embeds_its_fonts_and_fits_a_column_or_a_page(every):
-    pypdf = pytest.importorskip("pypdf", reason="pypdf reads what a PDF embeds")
     for path in every:
         if path.suffix == ".pdf":
             (page,) = pypdf.PdfReader(path).pages
