@@ -13,7 +13,7 @@ from bench import data as datasets
 from bench import protocol as protocols
 from bench import published, registry
 from bench.config import as_json
-from bench.defense import Defense, Stage
+from bench.defense import Stage
 from bench.errors import UsageError
 from bench.long import radius
 from bench.protocol import ColumnSpec, Protocol
@@ -38,7 +38,7 @@ def taxonomy(*, beside: bool = False) -> Sheet:
         beside: whether the paper's own row stands below ours where the two differ.
     """
     printed = published.taxonomy()
-    found = sorted(_kinds(), key=lambda pair: pair[1].taxonomy["gating"] == "none")
+    found = sorted(registry.kinds().items(), key=lambda pair: pair[1].taxonomy["gating"] == "none")
     rows: list[tuple[str, ...]] = []
     differ = False
     for name, kind in found:
@@ -123,7 +123,7 @@ def recipes(only: str | None = None) -> Sheet:
     data = datasets.load("digits")
     by_content: dict[tuple[tuple[str, ...], ...], list[str]] = {}
     there: dict[str, None] = {}
-    for name, kind in _kinds():
+    for name, kind in registry.kinds().items():
         for recipe, config in kind.recipes.items():
             there[recipe] = None
             stages = kind(config).stages(data)
@@ -167,8 +167,3 @@ def _short(value: Any) -> str:
     if isinstance(value, list):
         return f"({_several(value, _short)})"
     return f"{value:.4g}" if isinstance(value, float) else str(value)
-
-
-def _kinds() -> list[tuple[str, type[Defense[Any]]]]:
-    """All defenses by name; a family of names is not one."""
-    return [(name, registry.get(name)) for name in registry.entries() if not name.endswith(":")]

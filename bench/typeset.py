@@ -433,8 +433,9 @@ BELOW: dict[str, Callable[[Sequence[str]], str]] = {
 
 
 def document(body: str) -> str:
-    """LaTeX tables as a whole document, for pdflatex as it is."""
-    packages = ("[T1]{fontenc}", "[utf8]{inputenc}", "[margin=1.5cm]{geometry}")
+    """LaTeX tables as a whole document, for pdflatex as it is; the long table lies across the page."""
+    across = ",landscape" if "\\begin{longtable}" in body else ""
+    packages = ("[T1]{fontenc}", "[utf8]{inputenc}", f"[margin=1.5cm{across}]{{geometry}}")
     uses = [*packages, "{booktabs}", "{graphicx}", "{longtable}"]
     lines = ["\\documentclass{article}", *(f"\\usepackage{name}" for name in uses), "\\begin{document}"]
     return "\n".join([*lines, body.rstrip("\n"), "\\end{document}"]) + "\n"

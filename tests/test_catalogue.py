@@ -49,8 +49,7 @@ def test_the_papers_own_row_stands_below_ours_where_it_says_something_else():
     found = lines(catalogue.taxonomy(beside=True))
     theirs = {row["defense"] for row in found if row["defense"].endswith(", published")}
     printed = published.taxonomy()
-    for name in names():
-        kind = registry.get(name)
+    for kind in registry.kinds().values():
         if kind.published_as in printed:
             same = list(printed[kind.published_as].values()) == list(kind.taxonomy.values())
             assert (f"{kind.published_as}, published" in theirs) == (not same)
