@@ -8,6 +8,7 @@ A document holds a table between `<!-- table: DATASET PROTOCOL DEFENSE,DEFENSE -
 
 import re
 import sys
+from functools import partial
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -46,10 +47,21 @@ def tables() -> dict[Path, str]:
     return made
 
 
-def main() -> None:
-    """Writes or compares."""
+def figures(out: Path, *, data_only: bool = False) -> list[Path]:
+    """Draws every figure that is kept."""
     from bench.plot import draw
 
+    kept = partial(draw, MEASURED, out, data_only=data_only)
+    return [
+        *kept(["curves", "tradeoff", "matrix"]),
+        *kept(["calibration"], datasets=["digits"]),
+        # these are images of CIFAR-10, of which the paper prints values
+        *kept(["calibration"], datasets=["npz:cifar10-10k"], lines="cifar10"),
+    ]
+
+
+def main() -> None:
+    """Writes or compares."""
     stale = []
     for path, text in tables().items():
         if "--check" in sys.argv:
@@ -59,11 +71,7 @@ def main() -> None:
             path.parent.mkdir(parents=True, exist_ok=True)
             path.write_text(text, encoding="utf-8")
     if "--check" not in sys.argv:
-        figures = MEASURED / "figures"
-        draw(MEASURED, figures, ["curves", "tradeoff", "matrix"])
-        draw(MEASURED, figures, ["calibration"], datasets=["digits"])
-        # these are images of CIFAR-10, of which the paper prints values
-        draw(MEASURED, figures, ["calibration"], datasets=["npz:cifar10-10k"], lines="cifar10")
+        figures(MEASURED / "figures")
     if stale:
         sys.exit(f"not what the records give: {', '.join(map(str, stale))}; run `tox run -e tables`")
 
