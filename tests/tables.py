@@ -8,7 +8,7 @@ A document holds a table between `<!-- table: DATASET PROTOCOL DEFENSE,DEFENSE -
 
 import re
 import sys
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -18,6 +18,7 @@ TABLE = re.compile(r"<!-- table: (\S+) (\S+) (\S+) -->\n.*?<!-- /table -->", re.
 ENDINGS = {"markdown": "md", "latex": "tex", "csv": "csv"}
 
 
+@cache
 def tables() -> dict[Path, str]:
     """What each derived text file must hold."""
     from bench.long import groups
