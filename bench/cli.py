@@ -343,6 +343,24 @@ def train(explain: bool, as_json: bool, **shared: Any) -> None:
 )
 @click.option("--per-class", is_flag=True, help="A column for each class, and the worst one.")
 @click.option("--cost", is_flag=True, help="What each training cost, the cheapest first.")
+@click.option("--columns", metavar="A,B", help="These alone, by heading, name or attack, in this order.")
+@click.option("--transpose", is_flag=True, help="Attacks down the side, defenses across.")
+@click.option("--best/--no-best", default=True, show_default=True, help="Set off the best of a column.")
+@click.option("--std/--no-std", default=True, show_default=True, help="± over seeds.")
+@click.option("--ci/--no-ci", default=False, show_default=True, help="95 % Wilson intervals in brackets.")
+@click.option("--taxonomy", is_flag=True, help="Instead: how the defenses gate, route, train and activate.")
+@click.option("--protocols", is_flag=True, help="Instead: the attack settings of every protocol.")
+@click.option(
+    "--recipes",
+    is_flag=False,
+    flag_value="all",
+    metavar="[NAME]",
+    help="Instead: the hyperparameters of every recipe, or of one, such as paper.",
+)
+@click.option("--standalone", is_flag=True, help="With --format latex: a whole document for pdflatex.")
+@click.option(
+    "--plugin", type=click.Path(path_type=Path), metavar="FILE.py", help="A file that registers defenses."
+)
 @click.option("--json", "as_json", is_flag=True, help="The long table as JSON.")
 def table(
     results: Path,
@@ -352,30 +370,92 @@ def table(
     compare_to: str | None,
     per_class: bool,
     cost: bool,
+    columns: str | None,
+    transpose: bool,
+    best: bool,
+    std: bool,
+    ci: bool,
+    taxonomy: bool,
+    protocols: bool,
+    recipes: str | None,
+    standalone: bool,
+    plugin: Path | None,
     as_json: bool,
 ) -> None:
-    """Print what was measured."""
-    if as_json:
-        for option, given in (("--compare-to", compare_to), ("--per-class", per_class), ("--cost", cost)):
+    """Print what was measured; or what there is to measure: --taxonomy, --protocols, --recipes."""
+    names = tuple(name.strip() for name in (columns or "").split(",") if name.strip())
+    measured = {
+        "--compare-to": compare_to is not None,
+        "--per-class": per_class,
+        "--cost": cost,
+        "--ci": ci,
+        "--no-std": not std,
+        "--no-best": not best,
+    }
+    catalogued = {"--taxonomy": taxonomy, "--protocols": protocols, "--recipes": recipes is not None}
+    if standalone and format_ != "latex":
+        raise UsageError("--standalone makes a LaTeX document; add --format latex")
+    if any(catalogued.values()):
+        for option, given in {**measured, "--json": as_json, "--layout long": layout == "long"}.items():
+            if given:
+                raise UsageError(f"{option} is of what was measured; leave it out or leave the catalogue out")
+        if sum(catalogued.values()) > 1:
+            raise UsageError(
+                f"{' and '.join(o for o, given in catalogued.items() if given)}: ask for one at a time"
+            )
+        text = _catalogue(taxonomy, protocols, recipes, published, plugin, names, transpose, format_)
+    elif as_json:
+        for option, given in {**measured, "--columns": bool(names), "--transpose": transpose}.items():
             if given:
                 raise UsageError(f"--json has no place for {option}; take a format of the paper's layout")
         from bench.long import load_results
 
         click.echo(load_results(results).to_json(orient="records", indent=2))
         return
-    from bench.table import render
+    else:
+        from bench.table import Look, render
 
-    text = render(
-        results,
-        format=format_,
-        layout=layout,
-        published=published,
-        compare_to=compare_to,
-        per_class=per_class,
-        cost=cost,
-        color=sys.stdout.isatty(),
-    )
+        text = render(
+            results,
+            format=format_,
+            layout=layout,
+            published=published,
+            compare_to=compare_to,
+            per_class=per_class,
+            cost=cost,
+            look=Look(transpose=transpose, columns=names, best=best, std=std, ci=ci),
+            color=sys.stdout.isatty(),
+        )
+    if standalone:
+        from bench.typeset import document
+
+        text = document(text)
     click.echo(text.rstrip("\n"))
+
+
+def _catalogue(
+    taxonomy: bool,
+    protocols: bool,
+    recipes: str | None,
+    published: bool,
+    plugin: Path | None,
+    columns: tuple[str, ...],
+    transpose: bool,
+    format_: str,
+) -> str:
+    from bench import catalogue, registry, sheet
+
+    if plugin is not None:
+        registry.load_plugin(plugin)
+    if taxonomy:
+        made = catalogue.taxonomy(beside=published)
+    elif protocols:
+        made = catalogue.attacks()
+    else:
+        made = catalogue.recipes(None if recipes == "all" else recipes)
+    if columns:
+        made = sheet.chosen(made, columns)
+    return sheet.written(sheet.transposed(made) if transpose else made, format_)
 
 
 @commands.command()
@@ -444,71 +524,119 @@ def power(
     "--out", type=click.Path(path_type=Path), help="Where to. [default: figures/ in the results folder]"
 )
 @click.option(
-    "--tradeoff",
-    is_flag=True,
-    help="Clean against worst-case accuracy as a knob of the deployed model is turned.",
+    "--curves", is_flag=True, help="Robust accuracy over FGSM's radius, PGD's steps, and the radius."
 )
+@click.option(
+    "--calibration", is_flag=True, help="PGD over small radii: to which one a printed value belongs."
+)
+@click.option("--tradeoff", is_flag=True, help="Clean against worst-case accuracy, and the Pareto front.")
+@click.option("--matrix", is_flag=True, help="Every defense under every attack, as a heat map.")
+@click.option(
+    "--gallery", metavar="DEFENSE", help="Images, perturbations, and what a trained network says of them."
+)
+@click.option("--gates", metavar="DEFENSE", help="A trained mixture's gate weights, clean against attacked.")
 @click.option("--heatmaps", metavar="DEFENSE", help="Where each expert of a trained mixture looks: Grad-CAM.")
-@click.option("--dataset", help="With --heatmaps: whose images. [default: digits]")
+@click.option("--data", "data_only", is_flag=True, help="Write only the CSV behind each figure.")
 @click.option(
-    "--samples", type=int, metavar="N", help="With --heatmaps: the first N test images. [default: 6]"
+    "--dataset", help="Whose runs, or of a trained network whose images. [default: all runs; digits]"
 )
 @click.option(
-    "--checkpoint", metavar="PATH|hf_hub:NAME|URL", help="With --heatmaps: weights in place of training's."
+    "--lines", metavar="DATASET", help="With --calibration: whose published values, if the images have none."
+)
+@click.option("--samples", type=int, metavar="N", help="Of a trained network: the first N test images.")
+@click.option("--eps", metavar="E", help="With --gallery, --gates: the radius. [default: the dataset's]")
+@click.option(
+    "--checkpoint",
+    metavar="PATH|hf_hub:NAME|URL",
+    help="Of a trained network: weights in place of training's.",
 )
 @click.option(
-    "--weights", type=click.Choice(["best", "last"]), help="With --heatmaps: of which epoch. [default: best]"
+    "--weights",
+    type=click.Choice(["best", "last"]),
+    help="Of a trained network: which epoch. [default: best]",
 )
-@click.option("--recipe", metavar="NAME", help="With --heatmaps: as trained.")
-@click.option("--set", "settings", multiple=True, metavar="KEY=VALUE", help="With --heatmaps: as trained.")
-@click.option("--seed", type=int, help="With --heatmaps: as trained. [default: 0]")
-@click.option("--device", metavar="auto|cpu|cuda[:i]", help="With --heatmaps. [default: auto]")
-@click.option("--data-dir", type=click.Path(path_type=Path), help="With --heatmaps: where the images are.")
+@click.option("--recipe", metavar="NAME", help="Of a trained network: as trained.")
+@click.option(
+    "--set", "settings", multiple=True, metavar="KEY=VALUE", help="Of a trained network: as trained."
+)
+@click.option("--seed", type=int, help="Of a trained network: as trained. [default: 0]")
+@click.option("--device", metavar="auto|cpu|cuda[:i]", help="Of a trained network. [default: auto]")
+@click.option(
+    "--data-dir", type=click.Path(path_type=Path), help="Of a trained network: where the images are."
+)
 @click.option(
     "--plugin", type=click.Path(path_type=Path), metavar="FILE.py", help="A file that registers defenses."
 )
 def plot(
     results: Path,
     out: Path | None,
-    tradeoff: bool,
+    gallery: str | None,
+    gates: str | None,
     heatmaps: str | None,
+    data_only: bool,
+    dataset: str | None,
+    lines: str | None,
     settings: tuple[str, ...],
     plugin: Path | None,
     **asked: Any,
 ) -> None:
-    """Draw robust accuracy against FGSM's radius and against PGD's steps, as PNG, PDF and CSV.
+    """Draw what was measured, as PNG, PDF and CSV: everything that the runs give, or what is asked for.
 
-    Or, with --tradeoff, against clean accuracy; or, with --heatmaps, what the experts look at.
+    \b
+    bench plot                                  all that follows from records
+    bench plot --tradeoff --matrix              two kinds of it
+    bench plot --gallery dwf                    of one trained network; likewise --gates, --heatmaps
     """
     from bench import plot as plots
     from bench import registry
 
+    kinds = [kind for kind in plots.KINDS if asked.pop(kind)]
     given = {name: value for name, value in asked.items() if value is not None}
-    if heatmaps is None and (given or settings):
+    networks = {"gallery": gallery, "gates": gates, "heatmaps": heatmaps}
+    of_one = [name for name, defense in networks.items() if defense is not None]
+    if not of_one and (given or settings):
         options = ", ".join(
             "--" + name.replace("_", "-") for name in [*given, *(["set"] if settings else [])]
         )
-        raise UsageError(f"{options} belong(s) to --heatmaps; give it a defense, such as --heatmaps immunity")
-    if heatmaps is not None and tradeoff:
-        raise UsageError("--tradeoff and --heatmaps are two figures; ask for one at a time")
+        raise UsageError(
+            f"{options} belong(s) to a figure of one trained network: --gallery, --gates or --heatmaps DEFENSE"
+        )
+    if len(of_one) > 1 or (of_one and kinds):
+        asked_for = ", ".join(f"--{name}" for name in [*kinds, *of_one])
+        raise UsageError(
+            f"{asked_for}: a figure of one trained network is drawn alone; ask for one at a time"
+        )
+    if lines is not None and (of_one or (kinds and "calibration" not in kinds)):
+        raise UsageError("--lines belongs to --calibration")
+    if heatmaps is not None and "eps" in given:
+        raise UsageError("--eps belongs to --gallery and --gates; heatmaps are of clean images")
     where = out or results / "figures"
-    if heatmaps is not None:
-        from bench.heatmaps import figure
+    if of_one:
+        from importlib import import_module
+
         from bench.session import prepare
 
         session = prepare(
-            [heatmaps],
+            [str(networks[of_one[0]])],
+            dataset or "digits",
             settings=dict(_setting(text) for text in settings),
             plugin=plugin,
             results=results,
             say=_say,
             **given,
         )
-        drawn = figure(session, where)
+        drawn = import_module(f"bench.plot.{of_one[0]}").figure(session, where, data_only=data_only)
     else:
         if plugin is not None:
             registry.load_plugin(plugin)
-        drawn = (plots.tradeoff if tradeoff else plots.figures)(results, where)
+        datasets = None if dataset is None else [dataset]
+        drawn = plots.draw(
+            results, where, kinds or plots.KINDS, datasets=datasets, lines=lines, data_only=data_only
+        )
+        if not drawn:
+            raise UsageError(
+                f"nothing to draw of {dataset!r} in {str(results)!r}; leave out --dataset to see all"
+            )
     for path in drawn:
         click.echo(path)
 

@@ -23,7 +23,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, Generic, Literal, TypeVar
+from typing import Any, ClassVar, Generic, Literal, TypedDict, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -138,6 +138,24 @@ def follow(loss: Tensor, optimisers: Sequence[SGD]) -> None:
         optimiser.step()
 
 
+class Taxonomy(TypedDict):
+    """Where a method stands among mixtures of experts, in the words of the DWF paper's Table 1 and a few more.
+
+    `gating`: `soft` weighs all experts, `hard` chooses. `routing`: once for an image (`flat`), anew in each layer (`layered`),
+    or in two mixtures side by side (`dual`). `training`: of a mixture, experts and gate at once (`joint`), in turns
+    (`alternating`), experts first and then all (`pretrained+joint`) or then the gate and their heads (`pretrained+gate`); of
+    one network, on clean images (`standard`) or attacked ones (`adversarial`). `activation`: what answers an image, one
+    expert (`single`), a part of the weights (`sparse`), every expert by its weight (`fractional`), or the whole network.
+    """
+
+    gating: Literal["none", "soft", "hard"]
+    routing: Literal["none", "flat", "layered", "dual"]
+    training: Literal[
+        "standard", "adversarial", "joint", "alternating", "pretrained+joint", "pretrained+gate"
+    ]
+    activation: Literal["whole", "single", "sparse", "fractional"]
+
+
 class Defense(Generic[C]):
     """A method: its settings, its network and its training."""
 
@@ -145,6 +163,13 @@ class Defense(Generic[C]):
     recipes: ClassVar[Mapping[str, object]] = {}
     #: how the paper's tables call it, for `--published`; None where no paper prints it
     published_as: ClassVar[str | None] = None
+    #: where it stands among mixtures of experts; a fact for tables, which no weight depends on
+    taxonomy: ClassVar[Taxonomy] = {
+        "gating": "none",
+        "routing": "none",
+        "training": "standard",
+        "activation": "whole",
+    }
     #: fields of the config that only the deployed model reads: one training serves all their values
     evaluation_only: ClassVar[frozenset[str]] = frozenset()
     #: whether the deployed model draws random numbers, so that a protocol for deterministic ones says too much for it

@@ -64,7 +64,7 @@ def _is_local(thing: type) -> bool:
 
 @functools.cache
 def _source(thing: Callable[..., Any]) -> str:
-    """A hash of the file that defines a class or a function, blind to comments, docstrings and layout.
+    """A hash of the file that defines a class or a function, blind to comments, docstrings, taxonomy and layout.
 
     It is read once, near the import: what is edited while a training runs is not what runs.
     """
@@ -80,7 +80,18 @@ def _source(thing: Callable[..., Any]) -> str:
             and ast.get_docstring(node) is not None
         ):
             node.body = node.body[1:]
+        if isinstance(node, ast.ClassDef):
+            # what only describes, like a docstring: no outcome depends on it
+            node.body = [part for part in node.body if not _describes(part)]
     return _sha256(ast.dump(tree))
+
+
+def _describes(node: ast.stmt) -> bool:
+    """Whether a statement of a class says where a method stands in the taxonomy."""
+    match node:
+        case ast.Assign(targets=[ast.Name(id="taxonomy")]) | ast.AnnAssign(target=ast.Name(id="taxonomy")):
+            return True
+    return False
 
 
 def _sha256(text: str) -> str:

@@ -7,7 +7,7 @@ Table 3 is one of them; `reported.csv` has what is reported of other defenses, l
 from __future__ import annotations
 
 import csv
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import groupby, pairwise
 from pathlib import Path
@@ -50,6 +50,18 @@ def rows(dataset: str) -> dict[str, dict[tuple[str, float], Printed]]:
                     std = float(line["accuracy_std"]) if line["accuracy_std"] else None
                     found.setdefault(line["model"], {})[asked] = Printed(float(line["accuracy_mean"]), std)
     return found
+
+
+def row_of(defense: str, published_as: str | None, rows: Iterable[str]) -> str | None:
+    """The row that prints a defense: the one it names, or the one whose letters and digits are its name's."""
+
+    def letters(name: str) -> str:
+        return "".join(c for c in name.lower() if c.isalnum())
+
+    known = list(rows)
+    if published_as in known:
+        return published_as
+    return next((row for row in known if letters(row) == letters(defense)), None)
 
 
 def doubts(row: Mapping[tuple[str, float], Printed]) -> list[str]:
@@ -135,3 +147,9 @@ def _reported(line: Mapping[str, str]) -> Reported:
 
 def _rises(values: Sequence[float]) -> bool:
     return any(after > before for before, after in pairwise(values))
+
+
+def taxonomy() -> dict[str, dict[str, str]]:
+    """The DWF paper's Table 1: by row, what each of its columns says."""
+    with (published_dir() / "paper_table_taxonomy.csv").open(encoding="utf-8", newline="") as file:
+        return {line.pop("defense"): line for line in csv.DictReader(file)}

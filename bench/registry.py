@@ -145,6 +145,22 @@ def get(name: str) -> type[Defense[Any]]:
     )
 
 
+def kinds() -> dict[str, type[Defense[Any]]]:
+    """Every defense that has a name of its own; a family is not one.
+
+    Raises:
+        PluginError: a file fails.
+        UsageError: what a file registers is not what a defense must be.
+    """
+    found = {}
+    for name, entry in entries().items():
+        if not name.endswith(":"):
+            if name not in _registered:
+                _import(entry)
+            found[name] = _as_defense(name, _registered[name].thing)
+    return found
+
+
 def load_plugin(path: str | Path) -> None:
     """Runs a user's file, so that what it registers can be asked for: once, and anew when it was edited.
 

@@ -19,6 +19,7 @@ from bench.long import HEADER, WORST_CASE, WORST_DRAW, Group, Measured, frame, g
 from bench.per_class import block as classes
 from bench.record import read_all, read_void
 from bench.stats import holm, mcnemar
+from bench.transpose import transposed
 from bench.typeset import MISSING, Block, Cell, Row
 
 #: columns that have no radius of their own
@@ -62,6 +63,7 @@ def render(
     compare_to: str | None = None,
     per_class: bool = False,
     cost: bool = False,
+    look: Look | None = None,
     color: bool = False,
 ) -> str:
     """The finished runs of a results folder as a table, ending in a newline.
@@ -77,18 +79,20 @@ def render(
         compare_to: the defense that every other row is tested against on the same images, in the paper's layout.
         per_class: whether the columns are the classes, as in `bench.per_class`, and not the attacks.
         cost: whether columns say what the training cost and rows stand in its order, in the paper's layout.
+        look: which columns there are, what a cell shows, and which way the table lies, in the paper's layout.
         color: whether text may use the terminal's bold and faint.
 
     Raises:
         UsageError: no such format, layout or folder; no finished runs; or a damaged one; options that exclude each
             other, or several rows of the defense that is compared to.
-        UnknownName: no row of that defense.
+        UnknownName: no row of that defense, or no such column.
     """
     asked: dict[str, Any] = {
         "published": published,
         "compare_to": compare_to,
         "per_class": per_class,
         "cost": cost,
+        "look": look or Look(),
     }
     _check(format, layout, asked)
     found, without = groups(read_all(Path(results))), list(_voids(Path(results)))
@@ -119,6 +123,7 @@ def render_groups(
     compare_to: str | None = None,
     per_class: bool = False,
     cost: bool = False,
+    look: Look | None = None,
     color: bool = False,
 ) -> str:
     """These groups as a table, ending in a newline; the arguments are those of `render`.
@@ -132,6 +137,7 @@ def render_groups(
         "compare_to": compare_to,
         "per_class": per_class,
         "cost": cost,
+        "look": look or Look(),
     }
     _check(format, layout, asked)
     return _rendered(found, format, layout, color, **asked)
@@ -143,6 +149,8 @@ def _rendered(
     if layout == "long":
         return typeset.LONG[format](long(found, exact=format == "csv"))
     blocks = [classes(alike) for alike in together(found)] if per_class else paper(found, **asked)
+    if asked["look"].transpose:
+        blocks = [transposed(block, marked=format != "csv") for block in blocks]
     return typeset.PAPER[format](blocks, color)
 
 
@@ -154,7 +162,13 @@ def _check(format: str, layout: str, asked: Mapping[str, Any]) -> None:
         for name, what in (("compare_to", "a comparison"), ("per_class", "classes"), ("cost", "costs")):
             if asked[name]:
                 raise UsageError(f"the long layout has no place for {what}; take the paper's layout")
+        if asked["look"] != Look():
+            raise UsageError(
+                "--transpose, --columns, --ci, --no-std and --no-best are of the paper's layout; the long one is always the same"
+            )
     if asked["per_class"]:
+        if replace(asked["look"], transpose=False) != Look():
+            raise UsageError("of these a table of classes can be transposed alone; leave the others out")
         for name, what in (("compare_to", "a comparison"), ("cost", "costs")):
             if asked[name]:
                 raise UsageError(f"a table of classes has no place for {what}; ask for one of the two")
@@ -184,7 +198,12 @@ def long(found: Sequence[Group], *, exact: bool) -> list[list[str]]:
 
 
 def paper(
-    found: Sequence[Group], *, published: bool, compare_to: str | None = None, cost: bool = False
+    found: Sequence[Group],
+    *,
+    published: bool,
+    compare_to: str | None = None,
+    cost: bool = False,
+    look: Look | None = None,
 ) -> list[Block]:
     """A block for every dataset, protocol and set of images, in that order.
 
@@ -193,14 +212,60 @@ def paper(
         published: whether the rows of the paper's Table 3, and what is reported elsewhere, stand beside the measured ones.
         compare_to: the defense that the other rows of its blocks are tested against.
         cost: whether columns say what the training cost, and rows stand in the order of it.
+        look: which columns there are, and what a cell shows.
 
     Raises:
-        UnknownName: no group of that defense.
+        UnknownName: no group of that defense, or no such column in any block.
         UsageError: several of its groups stand in one block.
     """
     if compare_to is not None and not named(found, compare_to):
         raise UnknownName("defense", compare_to, {group.label for group in found}, " (in this table)")
-    return [_block(alike, published, compare_to, cost) for alike in together(found)]
+    look = look or Look()
+    blocks = [(alike, _slots(alike)) for alike in together(found)]
+    if look.columns:
+        blocks = [(alike, kept) for alike, slots in blocks if (kept := _kept(slots, alike, look.columns))]
+        known = [name for alike in together(found) for slot in _slots(alike) for name in _names(slot, alike)]
+        for asked in look.columns:
+            if asked.lower() not in (name.lower() for name in known):
+                raise UnknownName("column", asked, dict.fromkeys(known), " (of these tables)")
+    return [_block(alike, slots, published, compare_to, cost, look) for alike, slots in blocks]
+
+
+def _kept(slots: Sequence[_Slot], alike: Sequence[Group], columns: Sequence[str]) -> list[_Slot]:
+    """The columns that bear one of these names, in the order of the names."""
+    kept = [
+        slot
+        for asked in columns
+        for slot in slots
+        if asked.lower() in (name.lower() for name in _names(slot, alike))
+    ]
+    return list(dict.fromkeys(kept))
+
+
+def _names(slot: _Slot, alike: Sequence[Group]) -> list[str]:
+    """What a column may be called: its heading, its name in the protocol, and its attack."""
+    attack = next((c.attack for group in alike if (c := slot.of(group)) is not None), None)
+    return [name for name in (" ".join(slot.heading).strip(), slot.name, attack) if name]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Look:
+    """How a table in the paper's layout is shown.
+
+    Args:
+        transpose: whether attacks stand down the side and defenses across.
+        columns: those shown, in this order, by heading, by name in the protocol or by attack; all where there are none. What
+            is tested and which value is best follows from them.
+        best: whether the best value of a column is set off.
+        std: whether the standard deviation over seeds is shown.
+        ci: whether the 95 % Wilson interval is shown.
+    """
+
+    transpose: bool = False
+    columns: tuple[str, ...] = ()
+    best: bool = True
+    std: bool = True
+    ci: bool = False
 
 
 @dataclass(frozen=True)
@@ -216,17 +281,24 @@ class _Slot:
         return None if self.name is None else group.column(self.name)
 
 
-def _block(alike: list[Group], published: bool, compare_to: str | None, cost: bool) -> Block:
+def _block(
+    alike: list[Group],
+    slots: Sequence[_Slot],
+    published: bool,
+    compare_to: str | None,
+    cost: bool,
+    look: Look,
+) -> Block:
     if cost:
         alike = sorted(alike, key=_rank)
-    slots = _slots(alike)
     notes = Notes()
     # a number that is doubted wins nothing
     credible = [group for group in alike if not doubt(group)]
     of_all = shared(alike)
     marks = notes.marks([*of_all, *_few(credible, slots)])
-    lines = [[_cell(slot.of(group)) for slot in slots] for group in alike]
-    set_off_best([line for group, line in zip(alike, lines, strict=True) if not doubt(group)])
+    lines = [[_cell(slot.of(group), look) for slot in slots] for group in alike]
+    if look.best:
+        set_off_best([line for group, line in zip(alike, lines, strict=True) if not doubt(group)])
     differs = _set_off_differences(lines, alike, slots, compare_to) if compare_to is not None else ""
     from_paper = printed.rows(alike[0].dataset) if published and alike[0].protocol == PAPER else {}
     unknown = (None,) * len(COST) if cost else ()
@@ -254,11 +326,11 @@ def _block(alike: list[Group], published: bool, compare_to: str | None, cost: bo
         title=title(alike[0]),
         marks=marks,
         caption=(
-            *_caption(alike, slots, bool(from_paper)),
+            *_caption(alike, slots, bool(from_paper), look),
             *([REPORTED_SAYS] if any(told.values()) else []),
             *([COST_SAYS] if cost else []),
         ),
-        best=_best(credible, slots, aside=len(credible) < len(alike)),
+        best=_best(credible, slots, aside=len(credible) < len(alike)) if look.best else "",
         differs=differs,
         headings=(*(slot.heading for slot in slots), *(COST if cost else ())),
         rows=tuple(rows),
@@ -354,10 +426,12 @@ def _heading(column: Measured, name_radius: bool) -> tuple[str, str]:
     return (column.attack, ", ".join(parts)) if parts else ("", column.attack)
 
 
-def _cell(column: Measured | None) -> Cell | None:
+def _cell(column: Measured | None, look: Look) -> Cell | None:
     if column is None:
         return None
-    return Cell(column.accuracy, None if column.seeds == 1 else column.std)
+    interval = (column.ci_low, column.ci_high) if look.ci else None
+    std = column.std if look.std and column.seeds > 1 else None
+    return Cell(column.accuracy, std, interval=interval)
 
 
 def _set_off_differences(
@@ -418,7 +492,7 @@ def _reported_rows(
         yield Row(label, marks, (*cells, *unknown), published=True)
 
 
-def _caption(alike: Sequence[Group], slots: Sequence[_Slot], published: bool) -> Iterable[str]:
+def _caption(alike: Sequence[Group], slots: Sequence[_Slot], published: bool, look: Look) -> Iterable[str]:
     shown = [column for group in alike for slot in slots if (column := slot.of(group)) is not None]
     paper = alike[0].protocol == PAPER
     yield "SA: on clean images; " + ("RA: on attacked ones" if paper else "worst case: under every attack")
@@ -438,7 +512,8 @@ def _caption(alike: Sequence[Group], slots: Sequence[_Slot], published: bool) ->
         yield "+: attacks only what the columns to its left left standing"
     reaches = [_reach(column) for column in shown if not math.isnan(column.accuracy)]
     if reaches:
-        yield f"95 % Wilson intervals reach at most {max(reaches):.2f} points to either side"
+        shown_in = "; they stand in brackets" if look.ci else ""
+        yield f"95 % Wilson intervals reach at most {max(reaches):.2f} points to either side{shown_in}"
     yield from cautions(alike)
     if published:
         yield (

@@ -33,12 +33,15 @@ class Cell:
     std: float | None = None
     best: bool = False
     differs: bool = False
+    interval: tuple[float, float] | None = None
+    """its 95 % interval, where that is to be printed"""
 
     def __str__(self) -> str:
         if math.isnan(self.accuracy):
             return VOID
         std = "" if self.std is None else f" ± {self.std:.2f}"
-        return f"{self.accuracy:.2f}{std}{DIFFERS if self.differs else ''}"
+        interval = "" if self.interval is None else " [{:.1f}, {:.1f}]".format(*self.interval)
+        return f"{self.accuracy:.2f}{std}{interval}{DIFFERS if self.differs else ''}"
 
 
 @dataclass(frozen=True)
@@ -76,6 +79,7 @@ class Block:
         headings: per column, its two lines.
         rows: in order.
         notes: mark and text.
+        corner: what the first column is of.
     """
 
     dataset: str
@@ -88,6 +92,7 @@ class Block:
     headings: tuple[tuple[str, str], ...]
     rows: tuple[Row, ...]
     notes: tuple[tuple[str, str], ...]
+    corner: str = "defense"
 
 
 def _caption(block: Block, how: str, marks: str) -> list[str]:
@@ -208,14 +213,14 @@ def _long_text(cells: list[list[str]]) -> str:
 
 def _paper_markdown(block: Block) -> str:
     caption = " ".join(_caption(block, "Bold", _bracketed(block.marks)))
-    heads = ["defense", *(" ".join(heading).strip() for heading in block.headings)]
-    lines = [_markdown(caption), "", *_markdown_head(heads, 1)]
+    heads = [block.corner, *(" ".join(heading).strip() for heading in block.headings)]
+    lines = [markdown(caption), "", *_markdown_head(heads, 1)]
     for row in block.rows:
-        label = _markdown(row.name + _bracketed(row.marks))
+        label = markdown(row.name + _bracketed(row.marks))
         cells = [_markdown_cell(cell, row.published) for cell in row.cells]
         lines.append(f"| {' | '.join([f'*{label}*' if row.published else label, *cells])} |")
     # Two blanks end a line without ending the paragraph.
-    notes = [f"{_markdown(f'[{mark}] {text}')}  " for mark, text in block.notes]
+    notes = [f"{markdown(f'[{mark}] {text}')}  " for mark, text in block.notes]
     return "\n".join([*lines, *(["", *notes] if notes else [])]) + "\n"
 
 
@@ -223,21 +228,22 @@ def _markdown_cell(cell: Cell | str | None, published: bool) -> str:
     if cell is None:
         return MISSING
     if isinstance(cell, str):
-        return _markdown(cell)
+        return markdown(cell)
     return f"**{cell}**" if cell.best else f"*{cell}*" if published else str(cell)
 
 
 def _markdown_head(names: Sequence[str], words: int) -> list[str]:
     rules = ["---" if place < words else "---:" for place in range(len(names))]
-    return [f"| {' | '.join(map(_markdown, names))} |", f"|{'|'.join(rules)}|"]
+    return [f"| {' | '.join(map(markdown, names))} |", f"|{'|'.join(rules)}|"]
 
 
-def _markdown(text: str) -> str:
+def markdown(text: str) -> str:
+    """Text as Markdown prints it, inside a table too."""
     return "".join("\\" + c if c in "\\|*`<" else c for c in text)
 
 
 def _long_markdown(cells: list[list[str]]) -> str:
-    lines = [f"| {' | '.join(map(_markdown, line))} |" for line in cells[1:]]
+    lines = [f"| {' | '.join(map(markdown, line))} |" for line in cells[1:]]
     return "\n".join([*_markdown_head(cells[0], 4), *lines]) + "\n"
 
 
@@ -252,10 +258,10 @@ def _latex_names(blocks: Sequence[Block]) -> list[str]:
 
 
 def _paper_latex(block: Block, name: str) -> str:
-    title, *sentences = map(_latex, _caption(block, "Bold", ""))
+    title, *sentences = map(tex, _caption(block, "Bold", ""))
     caption = " ".join([title + _superscript(block.marks), *sentences])
     spans = _spans(block.headings)
-    tops = [f"\\multicolumn{{{b - a}}}{{c}}{{{_latex(top)}}}" if top else "" for top, a, b in spans]
+    tops = [f"\\multicolumn{{{b - a}}}{{c}}{{{tex(top)}}}" if top else "" for top, a, b in spans]
     rules = [f"\\cmidrule(lr){{{a + 2}-{b + 1}}}" for top, a, b in spans if top]
     lines = [
         "% needs \\usepackage{booktabs} and \\usepackage{graphicx}",
@@ -268,16 +274,16 @@ def _paper_latex(block: Block, name: str) -> str:
         f"\\begin{{tabular}}{{l{'r' * len(block.headings)}}}",
         "\\toprule",
         *([_latex_row(["", *tops]), " ".join(rules)] if rules else []),
-        _latex_row(["Defense", *(_latex(sub) for _, sub in block.headings)]),
+        _latex_row([block.corner.capitalize(), *(tex(sub) for _, sub in block.headings)]),
         "\\midrule",
     ]
     for row in block.rows:
-        label = _latex(row.name)
+        label = tex(row.name)
         label = (f"\\quad\\textit{{{label}}}" if row.published else label) + _superscript(row.marks)
         lines.append(_latex_row([label, *(_latex_cell(cell, row.published) for cell in row.cells)]))
     lines += ["\\bottomrule", "\\end{tabular}}"]
     if block.notes:
-        notes = [f"\\textsuperscript{{{mark}}}~{_latex(text)}" for mark, text in block.notes]
+        notes = [f"\\textsuperscript{{{mark}}}~{tex(text)}" for mark, text in block.notes]
         lines += ["\\par\\smallskip\\raggedright\\footnotesize", " \\\\\n".join(notes)]
     return "\n".join([*lines, "\\end{table*}"]) + "\n"
 
@@ -289,7 +295,7 @@ def _latex_row(cells: Sequence[str]) -> str:
 def _latex_cell(cell: Cell | str | None, published: bool) -> str:
     if cell is None:
         return "--"
-    text = _latex(str(cell))
+    text = tex(str(cell))
     if isinstance(cell, str):
         return text
     return f"\\textbf{{{text}}}" if cell.best else f"\\textit{{{text}}}" if published else text
@@ -343,7 +349,7 @@ _LATEX = {
 _ACCENTS = "\u0300\u0301\u0302\u0303\u0304\u0306\u0307\u0308\u030a\u030b\u030c\u0327"
 
 
-def _latex(text: str) -> str:
+def tex(text: str) -> str:
     """Text as LaTeX prints it, with its default fonts and no package."""
     # two hyphens, as of an option, would become a dash
     parts = unicodedata.normalize("NFC", text).split("--")
@@ -370,10 +376,10 @@ def _long_latex(cells: list[list[str]]) -> str:
         "% needs \\usepackage{booktabs} and \\usepackage{longtable}",
         "\\begin{longtable}{" + "l" * 4 + "r" * (len(HEADER) - 4) + "}",
         "\\toprule",
-        _latex_row([_latex(name) for name in cells[0]]),
+        _latex_row([tex(name) for name in cells[0]]),
         "\\midrule",
         "\\endhead",
-        *(_latex_row([_latex(text) for text in line]) for line in cells[1:]),
+        *(_latex_row([tex(text) for text in line]) for line in cells[1:]),
         "\\bottomrule",
         "\\end{longtable}",
     ]
@@ -384,14 +390,17 @@ def _paper_csv(blocks: Sequence[Block]) -> str:
     """All blocks under one header, the columns of all of them; empty where a row has no such column."""
     headings = list(dict.fromkeys(heading for block in blocks for heading in block.headings))
     names = [" ".join(heading).strip() for heading in headings]
-    lines = [["dataset", "protocol", "defense", "source", *names]]
+    corner = blocks[0].corner if blocks else "defense"
+    # a source is that of a defense
+    sourced = corner == "defense"
+    lines = [["dataset", "protocol", corner, *(["source"] if sourced else []), *names]]
     for block in blocks:
         for row in block.rows:
             cells = dict(zip(block.headings, row.cells, strict=True))
             texts = ["" if (cell := cells.get(heading)) is None else str(cell) for heading in headings]
             source = "published" if row.published else "images" if row.counts else "measured"
             source += f", {row.doubt}" if row.doubt else ""
-            lines.append([block.dataset, block.protocol, row.label, source, *texts])
+            lines.append([block.dataset, block.protocol, row.label, *([source] if sourced else []), *texts])
     return _csv(lines)
 
 
@@ -419,5 +428,14 @@ LONG: dict[str, Callable[[list[list[str]]], str]] = {
 BELOW: dict[str, Callable[[Sequence[str]], str]] = {
     "text": lambda lines: "\n".join(lines) + "\n",
     # two blanks end a line without ending the paragraph
-    "markdown": lambda lines: "".join(f"{_markdown(line)}  \n" for line in lines),
+    "markdown": lambda lines: "".join(f"{markdown(line)}  \n" for line in lines),
 }
+
+
+def document(body: str) -> str:
+    """LaTeX tables as a whole document, for pdflatex as it is; the long table lies across the page."""
+    across = ",landscape" if "\\begin{longtable}" in body else ""
+    packages = ("[T1]{fontenc}", "[utf8]{inputenc}", f"[margin=1.5cm{across}]{{geometry}}")
+    uses = [*packages, "{booktabs}", "{graphicx}", "{longtable}"]
+    lines = ["\\documentclass{article}", *(f"\\usepackage{name}" for name in uses), "\\begin{document}"]
+    return "\n".join([*lines, body.rstrip("\n"), "\\end{document}"]) + "\n"

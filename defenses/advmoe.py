@@ -304,6 +304,7 @@ class RoutedNet(nn.Module):
 class ADVMoE(Defense[Config]):
     """ADVMoE: a router, one pathway an image, alternating TRADES updates (ICCV 2023)."""
 
+    taxonomy = {"gating": "hard", "routing": "flat", "training": "alternating", "activation": "sparse"}
     recipes = {
         "tiny": Config(width=12, router_width=4, router_blocks=1, epochs=12, batch_size=64, lr=0.03),
         "fast": Config(epochs=30),

@@ -73,6 +73,7 @@ class Config:
 class AWP(Defense[Config]):
     """AWP: a ResNet-18 trained adversarially at the worst weights nearby (NeurIPS 2020)."""
 
+    taxonomy = {"gating": "none", "routing": "none", "training": "adversarial", "activation": "whole"}
     recipes = {
         "tiny": Config(width=8, epochs=30, steps=4),
         "fast": Config(epochs=30),

@@ -132,6 +132,12 @@ class Mixture(nn.Module):
 class DWF(Defense[Config]):
     """Divided We Fall: nine experts, a soft gate, randomised adversarial training."""
 
+    taxonomy = {
+        "gating": "soft",
+        "routing": "flat",
+        "training": "pretrained+joint",
+        "activation": "fractional",
+    }
     recipes = {
         "tiny": Config(
             width=8, pgd_steps=(1, 2, 3, 4, 5), step_size=0.05, expert_epochs=14, joint_epochs=6, joint_lr=0.1

@@ -71,6 +71,7 @@ class Config:
 class FGSMAT(Defense[Config]):
     """ResNet-18 trained on one-step adversarial images."""
 
+    taxonomy = {"gating": "none", "routing": "none", "training": "adversarial", "activation": "whole"}
     recipes = {
         "tiny": Config(width=8, epochs=30),
         "fast": Config(epochs=30),

@@ -58,6 +58,7 @@ class Config:
 class FreeAT(Defense[Config]):
     """Free-AT: a ResNet-18 trained on replayed batches, weights and images moved together (NeurIPS 2019)."""
 
+    taxonomy = {"gating": "none", "routing": "none", "training": "adversarial", "activation": "whole"}
     recipes = {
         "tiny": Config(width=8, epochs=30, replays=5),
         "fast": Config(epochs=10, lr=0.04),

@@ -74,6 +74,7 @@ class Config:
 class FRL(Defense[Config]):
     """FRL: TRADES that gives its worst classes more weight and wider balls (ICML 2021)."""
 
+    taxonomy = {"gating": "none", "routing": "none", "training": "adversarial", "activation": "whole"}
     recipes = {
         "tiny": Config(width=8, epochs=20, fair_epochs=10, fair_lr=0.01, steps=4),
         "fast": Config(epochs=20, fair_epochs=10),

@@ -291,6 +291,7 @@ def uniform(logits: Tensor) -> Logits:
 class Immunity(Defense[Config]):
     """Immunity: gates permuted at random for every answer, experts that look at different places."""
 
+    taxonomy = {"gating": "soft", "routing": "flat", "training": "joint", "activation": "fractional"}
     random = True
     recipes = {
         "tiny": Config(width=8, epochs=15, steps=4, heat_stage=2),

@@ -142,6 +142,7 @@ class Dual(nn.Module):
 class JTDMoE(Defense[Config]):
     """JTDMoE: a standard and a robust mixture answer together, trained in turns (ICML 2025)."""
 
+    taxonomy = {"gating": "hard", "routing": "dual", "training": "alternating", "activation": "single"}
     recipes = {
         "tiny": Config(experts=2, width=8, steps=3, epochs=8, batch_size=32),
         "fast": Config(epochs=30),

@@ -60,6 +60,7 @@ class Config:
 class MART(Defense[Config]):
     """MART: a ResNet-18 trained with more weight on images it gets wrong (ICLR 2020)."""
 
+    taxonomy = {"gating": "none", "routing": "none", "training": "adversarial", "activation": "whole"}
     recipes = {
         "tiny": Config(width=8, epochs=30, steps=4),
         "fast": Config(epochs=30),

@@ -118,6 +118,12 @@ class Mixture(nn.Module):
 class MoRE(Defense[Config]):
     """MoRE: frozen experts for clean, L2 and L∞ images behind a trained gate."""
 
+    taxonomy = {
+        "gating": "soft",
+        "routing": "flat",
+        "training": "pretrained+gate",
+        "activation": "fractional",
+    }
     recipes = {
         "tiny": Config(
             l2=(0.3, 0.4),

@@ -55,6 +55,7 @@ class Config:
 class PGDAT(Defense[Config]):
     """ResNet-18 trained on the images that PGD finds."""
 
+    taxonomy = {"gating": "none", "routing": "none", "training": "adversarial", "activation": "whole"}
     recipes = {
         "tiny": Config(width=8, epochs=30, steps=7, lr=0.05),
         "fast": Config(epochs=30),

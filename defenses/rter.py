@@ -369,6 +369,7 @@ def start_from(network: nn.Module, path: Path, classifier: str) -> None:
 class RTER(Defense[Config]):
     """RT-ER: four experts, a hard linear router, one more expert made robust (ICML 2025)."""
 
+    taxonomy = {"gating": "hard", "routing": "flat", "training": "joint", "activation": "single"}
     recipes = {
         "tiny": Config(width=8, steps=3, epochs=8, batch_size=32, lr=0.05),
         "fast": Config(epochs=30),

@@ -193,6 +193,7 @@ def log_confidence(logits: Tensor, trust: Tensor) -> Tensor:
 class SoE(Defense[Config]):
     """Synergy-of-Experts: three whole networks, of which the most confident answers."""
 
+    taxonomy = {"gating": "hard", "routing": "flat", "training": "joint", "activation": "single"}
     recipes = {
         "tiny": Config(width=8, epochs=12, steps=4, lr=0.03),
         "fast": Config(epochs=30),

@@ -324,6 +324,7 @@ def entropy_loss(scores: Tensor) -> Tensor:
 class SparseMoE(Defense[Config]):
     """Robust Experts: sparse mixtures in the last stage of an adversarially trained ResNet-18."""
 
+    taxonomy = {"gating": "hard", "routing": "layered", "training": "joint", "activation": "sparse"}
     recipes = {
         "tiny": Config(width=8, epochs=30, steps=4),
         "fast": Config(epochs=30),

@@ -52,6 +52,7 @@ class Config:
 class TRADES(Defense[Config]):
     """TRADES: a ResNet-18 whose answers hardly change within the ball (ICML 2019)."""
 
+    taxonomy = {"gating": "none", "routing": "none", "training": "adversarial", "activation": "whole"}
     recipes = {
         "tiny": Config(width=8, epochs=30, steps=4),
         "fast": Config(epochs=30),

@@ -12,7 +12,7 @@ import bench.weights
 from bench.cli import commands
 from bench.errors import UsageError
 from bench.gradcam import heatmaps
-from bench.heatmaps import figure, similarity
+from bench.plot.heatmaps import figure, similarity
 from bench.session import prepare
 from bench.weights import FILES, weigh
 
@@ -90,7 +90,7 @@ def test_the_weights_and_the_labels_are_those_of_the_training_and_the_test_image
 def test_there_is_a_row_an_image_and_a_column_an_expert(samples, shown, place, tmp_path, monkeypatch):
     seen = []
     monkeypatch.setattr(
-        "bench.heatmaps._draw", lambda x, heat, names: seen.append((x.shape, heat.shape, names)) or []
+        "bench.plot.heatmaps._draw", lambda x, heat, names: seen.append((x.shape, heat.shape, names)) or []
     )
     session = asked(place, samples=samples)
     figure(session, tmp_path)
@@ -105,14 +105,14 @@ def test_there_is_a_row_an_image_and_a_column_an_expert(samples, shown, place, t
 def test_the_page_is_a_column_wide_and_shows_where_it_is_hot(channels, experts):
     from io import BytesIO
 
-    from bench.heatmaps import _draw
+    from bench.plot.heatmaps import _draw
 
     heat = torch.zeros(2, experts, 4, 4)
     heat[0, :, 0, 0] = 5
     png = dict(_draw(torch.zeros(2, channels, 8, 8), heat, ["a", "b"]))["png"]
     image = matplotlib.image.imread(BytesIO(png))[..., :3].sum(2)
-    across = (3.4 - 0.16) / (1 + experts) * 300
-    assert image.shape[1] == 1020 and image.shape[0] == pytest.approx(0.16 * 300 + 2 * across, abs=1)
+    across = (3.25 - 0.16) / (1 + experts) * 300
+    assert image.shape[1] == 975 and image.shape[0] == pytest.approx(0.16 * 300 + 2 * across, abs=1)
 
     def cell(row, column, down, right):
         return image[int(48 + (row + down) * across), int(48 + (column + right) * across)]
@@ -159,7 +159,7 @@ def test_more_images_than_fit_and_several_defenses_are_refused(place, tmp_path):
 
 
 def test_a_model_with_nothing_to_train_is_drawn_as_it_is(place, tmp_path, monkeypatch):
-    monkeypatch.setattr("bench.heatmaps.stages", lambda job, data: ())
+    monkeypatch.setattr("bench.plot.network.stages", lambda job, data: ())
     monkeypatch.setattr("bench.weights.stages", lambda job, data: ())
     assert len(figure(asked(tmp_path / "none"), tmp_path)) == 3
 
@@ -182,8 +182,11 @@ def test_the_command_draws_them(place, tmp_path, capsys):
     ("words", "said"),
     [
         (["--samples", 3, "--set", "a=b"], "--samples, --set belong"),
-        (["--tradeoff", "--dataset", "digits"], "--dataset belong"),
+        (["--tradeoff", "--device", "cpu"], "--device belong"),
         (["--tradeoff", "--heatmaps", "immunity"], "one at a time"),
+        (["--gates", "dwf", "--gallery", "dwf"], "one at a time"),
+        (["--tradeoff", "--lines", "cifar10"], "--lines belongs to --calibration"),
+        (["--heatmaps", "immunity", "--eps", "0.1"], "--eps belongs to"),
         (["--tradeoff", "--results", "nowhere"], "no results folder 'nowhere'"),
         (["--heatmaps", "imunity"], "did you mean 'immunity'"),
     ],

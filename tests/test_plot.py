@@ -7,16 +7,21 @@ import sys
 import matplotlib
 import matplotlib.image
 import numpy as np
+import pypdf
 import pytest
 from made_up import found as doubt
 from made_up import paper_columns, run
 
 from bench.errors import UsageError
-from bench.plot import figures, tradeoff
+from bench.plot import draw, figures
 from bench.record import ColumnRecord
 from bench.stats import wilson
 
 HELD = {column.name: 200 - 10 * i for i, column in enumerate(paper_columns())}
+
+
+def tradeoff(results, out):
+    return draw(results, out, ["tradeoff"])
 
 
 def points(folder, name):
@@ -98,7 +103,7 @@ def test_a_figure_is_as_wide_as_a_column_and_grows_with_its_legend(tmp_path, def
     for i in range(defenses):
         run(tmp_path, HELD, n=20, defense=f"defense_{i:02}")
     image = matplotlib.image.imread(figures(tmp_path, tmp_path)[0])
-    assert image.shape[1] == 1020
+    assert image.shape[1] == 975
     assert image.shape[0] > 720 + 20 * defenses
     # nothing is cut off: the border is white
     border = np.concatenate([image[0], image[-1], image[:, 0], image[:, -1]])
@@ -114,11 +119,11 @@ def test_a_dataset_that_is_a_path_does_not_climb(tmp_path):
 
 def test_chance_is_one_of_the_classes_that_occur(tmp_path):
     from bench.long import groups
-    from bench.plot import _chance
+    from bench.plot.curves import chance
     from bench.record import read_all
 
     run(tmp_path, n=4)
-    assert _chance(groups(read_all(tmp_path))) == 25
+    assert chance(groups(read_all(tmp_path))) == 25
 
 
 def test_runs_of_other_protocols_are_not_drawn(tmp_path):
@@ -230,7 +235,7 @@ def test_the_front_is_what_nothing_beats_in_both(curve):
 def test_the_front_keeps_ties_and_drops_what_is_beaten_in_one(at, front):
     from types import SimpleNamespace
 
-    from bench.plot import _front
+    from bench.plot.tradeoff import _front
 
     given = [SimpleNamespace(at=pair, place=place) for place, pair in enumerate(at)]
     assert [point.place for point in _front(given)] == front
@@ -310,21 +315,164 @@ def test_runs_that_were_not_attacked_are_no_points(curve):
 
 
 @pytest.mark.parametrize("name", ["dwf", "somebodys_plugin"])
-def test_settings_that_weights_depend_on_make_no_line(name, tmp_path):
+def test_settings_that_weights_depend_on_make_points_and_no_line(name, tmp_path):
     for alpha in (0.25, 0.5):
         dual(tmp_path, alpha, 150, 100, defense=name)
     dual(tmp_path, 0.5, 150, 100)
-    with pytest.raises(UsageError, match=r"bench run --defense jtdmoe --set deployed_alpha=0\.25"):
+    tradeoff(tmp_path, tmp_path)
+    rows = points(tmp_path, "digits-dwf-paper-tradeoff")
+    assert len(rows) == 3 and "alpha" not in rows[0]
+
+
+def test_one_run_alone_has_no_front(tmp_path):
+    plain(tmp_path, "pgd_at", 150, 100)
+    with pytest.raises(UsageError, match="no two finished runs in .* were attacked on the same images"):
         tradeoff(tmp_path, tmp_path)
+
+
+def test_a_doubted_run_is_not_on_the_front(curve):
+    plain(curve, "soe", 199, 199, findings=[doubt("odd")])
+    tradeoff(curve, curve)
+    rows = by_name(points(curve, "digits-dwf-paper-tradeoff"))
+    assert rows["soe", ""]["front"] == "0" and rows["pgd_at", ""]["front"] == "1"
 
 
 def test_the_tradeoff_is_the_same_bytes_each_time_and_as_wide_as_a_column(curve):
     first, second = tradeoff(curve, curve / "a"), tradeoff(curve, curve / "b")
     assert [path.read_bytes() for path in first] == [path.read_bytes() for path in second]
     image = matplotlib.image.imread(first[0])
-    assert image.shape[1] == 1020
+    assert image.shape[1] == 975
     border = np.concatenate([image[0], image[-1], image[:, 0], image[:, -1]])
     assert (border[:, :3] == 1).all()
+
+
+# calibration
+
+RADII = (0.001, 0.002, 0.004, 0.01)
+
+
+def calibrated(results, name, held, **more):
+    """A run of the calibration that holds on so many of 200 images, clean ones first."""
+    columns = [ColumnRecord(name="clean", attack="clean")] + [
+        ColumnRecord(name=f"pgd-{eps}", attack="pgd", norm="Linf", epsilon=eps, steps=20, restarts=1)
+        for eps in RADII
+    ]
+    counts = dict(zip([c.name for c in columns], held, strict=True))
+    given = {"dataset": "cifar10", "defense": name, "protocol": "calibration", "columns": columns}
+    return run(results, counts, **{**given, **more})
+
+
+@pytest.mark.parametrize(
+    ("value", "eps"), [(90, 0.0), (80, 0.001), (70, 0.0015), (10, 0.007), (0, 0.01), (95, None)]
+)
+def test_a_curve_comes_down_to_a_value_where_its_straight_pieces_do(value, eps):
+    from bench.plot.calibration import crossing
+
+    found = crossing([0.0, 0.001, 0.002, 0.004, 0.01], [90, 80, 60, 20, 0], value)
+    assert found == (None if eps is None else pytest.approx(eps))
+
+
+def test_the_calibration_says_at_which_radius_a_printed_value_is_left(tmp_path):
+    from bench.published import rows as printed
+
+    calibrated(tmp_path, "resnet18", [180, 160, 120, 40, 0])
+    calibrated(tmp_path, "pgd_at", [180, 170, 160, 150, 140], published_as="ResNet-18 (PGD-AT)")
+    made = draw(tmp_path, tmp_path, ["calibration"])
+    assert [path.name for path in made] == [f"cifar10-calibration.{e}" for e in ("png", "pdf", "csv")]
+    found = {
+        row["defense"]: row for row in points(tmp_path, "cifar10-calibration") if row["source"] == "published"
+    }
+    assert set(found) == set(printed("cifar10"))
+    plain_row, trained = found["ResNet-18"], found["ResNet-18 (PGD-AT)"]
+    value = printed("cifar10")["ResNet-18"]["pgd", 20.0].accuracy
+    assert float(plain_row["accuracy"]) == value and plain_row["curve"] == "resnet18"
+    assert float(plain_row["implied_eps"]) == pytest.approx(0.002 + 0.002 * (60 - value) / 40, abs=1e-6)
+    # this one never falls as low as it is printed
+    assert (trained["curve"], trained["implied_eps"]) == ("pgd_at", "")
+    assert found["DWF"]["curve"] == ""
+
+
+def test_images_under_another_name_have_the_lines_that_are_asked_for(tmp_path):
+    calibrated(tmp_path, "resnet18", [180, 160, 120, 40, 0], dataset="npz:mine")
+    draw(tmp_path, tmp_path / "none", ["calibration"], data_only=True)
+    draw(tmp_path, tmp_path / "some", ["calibration"], lines="cifar10", data_only=True)
+    (none,), (some,) = ((tmp_path / where).glob("*.csv") for where in ("none", "some"))
+    assert "published" not in none.read_text() and "published,ResNet-18,," in some.read_text()
+
+
+# every defense under every attack
+
+
+def test_the_matrix_has_every_defense_under_every_attack(tmp_path):
+    run(tmp_path, HELD)
+    run(tmp_path, HELD, defense="soe", findings=[doubt("odd")])
+    draw(tmp_path, tmp_path, ["matrix"])
+    rows = points(tmp_path, "digits-dwf-paper-matrix")
+    names = [column.name for column in paper_columns()] + ["worst-case"]
+    assert [(r["defense"], r["column"]) for r in rows] == [(d, n) for d in ("dwf", "soe") for n in names]
+    assert [float(row["accuracy"]) for row in rows[:17]] == [HELD[name] / 2 for name in names[:17]]
+    assert {row["credible"] for row in rows if row["defense"] == "soe"} == {"0"}
+
+
+@pytest.mark.parametrize(("columns", "pixels"), [(slice(0, 4), 975), (slice(0, 17), 2025)])
+def test_a_matrix_that_is_too_wide_for_a_column_is_as_wide_as_the_page(columns, pixels, tmp_path):
+    run(tmp_path, HELD, columns=paper_columns()[columns])
+    image = matplotlib.image.imread(draw(tmp_path, tmp_path, ["matrix"])[0])
+    assert image.shape[1] == pixels
+    border = np.concatenate([image[0], image[-1], image[:, 0], image[:, -1]])
+    assert (border[:, :3] == 1).all()
+
+
+# what all of them share
+
+
+@pytest.fixture
+def every(curve):
+    """Every kind of figure that records give."""
+    run(curve, HELD, dataset="svhn")
+    calibrated(curve, "resnet18", [180, 160, 120, 40, 0])
+    return draw(curve, curve / "all")
+
+
+def test_every_figure_has_its_data_and_the_data_can_be_had_alone(every, curve):
+    stems = {path.stem for path in every}
+    assert {stem.rsplit("-", 1)[1] for stem in stems} == {"fgsm", "pgd", "calibration", "tradeoff", "matrix"}
+    assert {path.name for path in every} == {f"{stem}.{e}" for stem in stems for e in ("png", "pdf", "csv")}
+    alone = draw(curve, curve / "alone", data_only=True)
+    assert {path.name for path in alone} == {f"{stem}.csv" for stem in stems}
+    assert all(path.read_bytes() == (curve / "all" / path.name).read_bytes() for path in alone)
+
+
+def test_every_pdf_embeds_its_fonts_and_fits_a_column_or_a_page(every):
+    for path in every:
+        if path.suffix == ".pdf":
+            (page,) = pypdf.PdfReader(path).pages
+            assert float(page.mediabox.width) in (pytest.approx(3.25 * 72), pytest.approx(6.75 * 72))
+            assert float(page.mediabox.height) < 9 * 72
+            fonts = [font.get_object() for font in page["/Resources"]["/Font"].values()]
+            assert fonts
+            for font in fonts:
+                assert font["/Subtype"] == "/Type0"
+                (inner,) = font["/DescendantFonts"]
+                assert "/FontFile2" in inner.get_object()["/FontDescriptor"]
+
+
+def test_lines_are_told_apart_by_the_colour_blind_and_in_grey():
+    from bench.plot.style import COLORS, look
+
+    # Machado, Oliveira and Fernandes 2009: no red cones, no green ones, on linear light
+    sights = {
+        "protan": [[0.152286, 1.052583, -0.204868], [0.114503, 0.786281, 0.099216], [-0.003882, -0.048116, 1.051998]],
+        "deutan": [[0.367322, 0.860646, -0.227968], [0.280085, 0.672501, 0.047413], [-0.011820, 0.042940, 0.968881]],
+    }  # fmt: skip
+    rgb = np.array([matplotlib.colors.to_rgb(color) for color in COLORS])
+    linear = np.where(rgb > 0.04045, ((rgb + 0.055) / 1.055) ** 2.4, rgb / 12.92)
+    for sight in sights.values():
+        seen = np.clip(linear @ np.array(sight).T, 0, 1) ** (1 / 2.2)
+        apart = np.linalg.norm(seen[:, None] - seen[None], axis=2) + np.eye(len(seen))
+        assert apart.min() > 0.12
+    shapes = [(look(place)["marker"], str(look(place)["linestyle"])) for place in range(17)]
+    assert len(set(shapes)) == 17
 
 
 def test_drawing_lines_of_records_takes_no_torch():

@@ -20,7 +20,7 @@ from bench.protocol import ATTACKS, DIAGNOSTIC
 from bench.published import Printed, doubts, published_dir, reports, rows
 from bench.record import ColumnRecord, Facts, finish, folder, read_all, void
 from bench.table import FORMATS, render, render_groups
-from bench.typeset import _latex
+from bench.typeset import tex as _latex
 
 PAPER_HEADINGS = [
     "SA",

@@ -12,8 +12,6 @@ from pathlib import Path
 
 import matplotlib
 import numpy as np
-from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.figure import Figure
 from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn import functional as F
@@ -21,11 +19,11 @@ from torch.nn import functional as F
 from bench.errors import UsageError
 from bench.gradcam import heatmaps
 from bench.judge import exact_arithmetic
-from bench.plot import STYLE, WIDTH, saved, write
-from bench.provenance import code_hash
+from bench.plot.network import as_trained, images_of, only
+from bench.plot.style import STYLE, WIDTH, canvas, saved, write
 from bench.record import safe
 from bench.session import Job, Session
-from bench.weights import FILES, Weights, _training_folder, build, stages, weigh
+from bench.weights import Weights, build
 
 #: images, where nothing else is said, and the most that are drawn
 ROWS, MOST = 6, 24
@@ -35,7 +33,7 @@ LEFT, TOP = 0.16, 0.16
 COVER = 0.6
 
 
-def figure(session: Session, out: Path) -> list[Path]:
+def figure(session: Session, out: Path, *, data_only: bool = False) -> list[Path]:
     """Draws `<dataset>-<defense>-heatmaps` of the first test images, `session.samples` of them.
 
     A PNG and a PDF with a row an image and a column an expert, and a CSV of how alike two experts' heatmaps are.
@@ -43,6 +41,7 @@ def figure(session: Session, out: Path) -> list[Path]:
     Args:
         session: one defense; its weights are those of its checkpoint or of an earlier training, nothing is trained.
         out: where the files go; made if it is not there.
+        data_only: whether the CSV alone is written.
 
     Returns:
         The files.
@@ -51,22 +50,20 @@ def figure(session: Session, out: Path) -> list[Path]:
         UsageError: not one defense, too many images, a model that shows no activations, no weights, or a folder that cannot
             be written.
     """
-    if len(session.jobs) != 1:
-        raise UsageError(f"heatmaps are drawn of one defense, not of {len(session.jobs)}")
-    samples = ROWS if session.samples is None else session.samples
-    if samples > MOST:
-        raise UsageError(f"{samples} images are too many for a figure; --samples must be at most {MOST}")
-    job = session.jobs[0]
-    model = trained(session, job).model.to(session.device)
+    job = only(session, "heatmaps are")
+    samples = images_of(session, ROWS, MOST)
+    model = explained(session, job).model.to(session.device)
     x, y = session.data.test.batch(slice(0, samples), session.device)
     with exact_arithmetic():
         heat = heatmaps(model, x, y).cpu()
     names = [session.data.classes[label] for label in y.tolist()]
-    forms = [*_draw(x.cpu(), heat, names), ("csv", _data(heat))]
-    return write(Path(out) / f"{safe(session.data.name)}-{safe(job.name)}-heatmaps", forms)
+    drawn = [] if data_only else _draw(x.cpu(), heat, names)
+    return write(
+        Path(out) / f"{safe(session.data.name)}-{safe(job.name)}-heatmaps", [*drawn, ("csv", _data(heat))]
+    )
 
 
-def trained(session: Session, job: Job) -> Weights:
+def explained(session: Session, job: Job) -> Weights:
     """The network with the weights that there are; none are made.
 
     Raises:
@@ -77,15 +74,7 @@ def trained(session: Session, job: Job) -> Weights:
         raise UsageError(
             f"{job.name!r} has no heatmaps: its model, a {type(model).__name__}, has no method `with_activations`"
         )
-    if session.checkpoint is None and stages(job, session.data):
-        folder = _training_folder(session, job, session.seeds[0], code_hash(job.kind, model))
-        # the best network is the last that a training writes
-        if not (folder / FILES["best"]).is_file():
-            raise UsageError(
-                f"{job.name!r} ({job.recipe}, seed {session.seeds[0]}) was not trained with these settings in {str(session.results)!r}; "
-                f"`bench train --defense {job.name} --dataset {session.data.name}` first, with the same options, or give --checkpoint"
-            )
-    return weigh(session, job, session.seeds[0])
+    return as_trained(session, job)
 
 
 def similarity(heat: Tensor) -> tuple[NDArray[np.float64], NDArray[np.int64]]:
@@ -124,8 +113,7 @@ def _draw(x: Tensor, heat: Tensor, names: list[str]) -> list[tuple[str, bytes]]:
     scaled = (heat / heat.amax((2, 3), keepdim=True).clamp_min(1e-38)).numpy()
     extent = (0, x.shape[3], x.shape[2], 0)
     with matplotlib.rc_context(STYLE):
-        page = Figure(figsize=(WIDTH, height))
-        FigureCanvasAgg(page)
+        page = canvas(WIDTH, height)
         for row in range(rows):
             for column in range(columns):
                 left, bottom = LEFT + column * across, height - TOP - (row + 1) * down
