@@ -25,13 +25,11 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 from bench import registry
+from bench.curves import PROTOCOL, SWEEP, Line, high_end, line_of, low_end
 from bench.errors import UnknownName, UsageError
-from bench.long import WORST_CASE, WORST_DRAW, Group, Measured, groups
+from bench.long import WORST_CASE, Group, Measured, groups
 from bench.record import Record, atomic, read_all, safe
-from bench.stats import mean_std, wilson
 
-PROTOCOL = "dwf-paper"
-SWEEP = "sweep"
 #: inches: one column of a two-column paper, and the height of the axes
 WIDTH, HEIGHT = 3.4, 2.1
 
@@ -65,33 +63,6 @@ KINDS = {
     "pgd": "PGD steps",
     "sweep": "radius eps of FGSM and PGD (pixels in [0,1])",
 }
-
-
-@dataclass(frozen=True)
-class _Line:
-    """A defense: where its points lie, and how far its band reaches; accuracies in percent."""
-
-    label: str
-    x: tuple[float, ...]
-    points: tuple[Measured, ...]
-    raw: tuple[float, ...] = ()
-    """in a sweep: what each radius alone was found to leave"""
-
-    @property
-    def low(self) -> list[float]:
-        return [_low(point) for point in self.points]
-
-    @property
-    def high(self) -> list[float]:
-        return [_high(point) for point in self.points]
-
-
-def _low(point: Measured) -> float:
-    return point.ci_low if point.seeds == 1 else point.accuracy - point.std
-
-
-def _high(point: Measured) -> float:
-    return point.ci_high if point.seeds == 1 else point.accuracy + point.std
 
 
 def figures(results: Path, out: Path, *, datasets: Collection[str] | None = None) -> list[Path]:
@@ -128,7 +99,7 @@ def figures(results: Path, out: Path, *, datasets: Collection[str] | None = None
         alike = [group for group in found if group.dataset == dataset]
         chance = _chance(alike)
         for kind in KINDS:
-            lines = [line for group in alike if (line := _line(group, kind)).points]
+            lines = [line for group in alike if (line := line_of(group, kind)).points]
             if lines:
                 forms = [*_draw(lines, kind, chance), ("csv", _data(lines, kind))]
                 written += write(Path(out) / f"{safe(dataset)}-{kind}", forms)
@@ -148,60 +119,6 @@ def write(path: Path, forms: Sequence[tuple[str, bytes]]) -> list[Path]:
     return files
 
 
-def _line(group: Group, kind: str) -> _Line:
-    """A defense under FGSM of rising radius, clean images at 0, or under PGD of rising steps, or under both in a sweep."""
-    if (kind == "sweep") != (group.protocol == SWEEP):
-        return _Line(group.label, (), ())
-    if kind == "sweep":
-        return _swept(group)
-    found: list[tuple[float, Measured]] = []
-    for column in group.columns:
-        if column.attack == kind:
-            found.append((float((column.epsilon if kind == "fgsm" else column.steps) or 0), column))
-        elif column.attack == "clean" and kind == "fgsm":
-            found.append((0.0, column))
-    found.sort(key=lambda point: point[0])
-    return _Line(group.label, tuple(x for x, _ in found), tuple(column for _, column in found))
-
-
-def _swept(group: Group) -> _Line:
-    """A defense under the strongest attack at each radius, an image that fell at a smaller one counted as fallen."""
-    derived = (WORST_CASE, WORST_DRAW)
-    radii = sorted({column.epsilon or 0.0 for column in group.columns if column.name not in derived})
-    alone, running = [], []
-    for shares in group.shares:
-        at = [
-            [
-                place
-                for place, c in enumerate(group.columns)
-                if (c.epsilon or 0.0) == eps and c.name not in derived
-            ]
-            for eps in radii
-        ]
-        least = np.array([shares[places].min(0) for places in at])
-        alone.append(100 * least.mean(1))
-        running.append(100 * np.minimum.accumulate(least, axis=0).mean(1))
-    n = len(group.images)
-    points = []
-    for place, eps in enumerate(radii):
-        mean, std = mean_std([float(values[place]) for values in running])
-        low, high = wilson(mean / 100 * n, n)
-        points.append(
-            Measured(
-                name=f"sweep-{eps:g}",
-                attack=SWEEP,
-                epsilon=eps,
-                accuracy=mean,
-                ci_low=100 * float(low),
-                ci_high=100 * float(high),
-                n=n,
-                seeds=len(group.records),
-                std=std,
-            )
-        )
-    return _Line(group.label, tuple(radii), tuple(points), tuple(np.mean(alone, axis=0).tolist()))
-
-
 def _chance(alike: Sequence[Group]) -> float:
     """The accuracy of guessing, in percent, from the classes that occur."""
     top = max(
@@ -212,7 +129,7 @@ def _chance(alike: Sequence[Group]) -> float:
     return 100 / (top + 1)
 
 
-def _draw(lines: Sequence[_Line], kind: str, chance: float) -> list[tuple[str, bytes]]:
+def _draw(lines: Sequence[Line], kind: str, chance: float) -> list[tuple[str, bytes]]:
     """The figure as PNG and as PDF; equal data give equal bytes."""
     with matplotlib.rc_context(STYLE):
         figure, axes, columns = _empty([line.label for line in lines])
@@ -285,7 +202,7 @@ def saved(figure: Figure) -> list[tuple[str, bytes]]:
     return [("png", png.getvalue()), ("pdf", pdf.getvalue())]
 
 
-def _data(lines: Sequence[_Line], kind: str) -> bytes:
+def _data(lines: Sequence[Line], kind: str) -> bytes:
     """The points of a figure as CSV: accuracies in percent, the radius in pixel units."""
     file = io.StringIO()
     writer = csv.writer(file, lineterminator="\n")
@@ -497,8 +414,8 @@ def _draw_tradeoff(curves: Sequence[_Curve], front: Sequence[_Point]) -> list[tu
             color = _COLORS[place % len(_COLORS)]
             bar: dict[str, Any] = {"color": color, "alpha": 0.4, "linewidth": 0.6}
             for point in curve.points:
-                axes.hlines(point.at[1], _low(point.sa), _high(point.sa), **bar)
-                axes.vlines(point.at[0], _low(point.ra), _high(point.ra), **bar)
+                axes.hlines(point.at[1], low_end(point.sa), high_end(point.sa), **bar)
+                axes.vlines(point.at[0], low_end(point.ra), high_end(point.ra), **bar)
                 if point.value is not None:
                     axes.annotate(
                         f"{point.value:g}",
@@ -542,7 +459,7 @@ def _tradeoff_data(curves: Sequence[_Curve], front: Sequence[_Point]) -> bytes:
     writer.writerow(["defense", *knobs, *measured, "band", "n", "seeds", "eps", "front", "credible"])
     for curve in curves:
         for point in curve.points:
-            ends = [f(column) for column in (point.sa, point.ra) for f in (_accuracy, _low, _high)]
+            ends = [f(column) for column in (point.sa, point.ra) for f in (_accuracy, low_end, high_end)]
             writer.writerow(
                 [
                     curve.label,
