@@ -26,7 +26,9 @@ def write(results: Path, out: Path | None = None) -> Path:
     """
     path = out or results / "report.html"
     if path.is_dir():
-        raise UsageError(f"{str(path)!r} is a folder; give the name of a file, such as {path / 'report.html'}")
+        raise UsageError(
+            f"{str(path)!r} is a folder; give the name of a file, such as {path / 'report.html'}"
+        )
     atomic(path, render(results).encode())
     return path
 
@@ -86,4 +88,4 @@ def _vega() -> str:
     """Vega, Vega-Lite and vega-embed as one script that puts `vegaEmbed` into the window."""
     import vl_convert
 
-    return str(vl_convert.javascript_bundle())
+    return str(vl_convert.javascript_bundle("window.vegaEmbed = vegaEmbed;"))

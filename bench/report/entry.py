@@ -257,15 +257,16 @@ def _fallen(group: Group, fell: Sequence[tuple[int, str]]) -> Iterator[Fallen]:
     if not fell:
         return
     table = group.records[0].outcomes(["index", "label", "column", "prediction", "restart", "step"])
-    by_key = table.set_index(["index", "column"])
+    keys = zip(table["index"], table["column"], strict=True)
+    rows = dict(zip(keys, table[["label", "prediction", "restart", "step"]].to_numpy().tolist(), strict=True))
     for place, column in fell:
         image = int(group.images[place])
-        row = by_key.loc[(image, column)]
+        label, prediction, restart, step = rows[image, column]
         yield Fallen(
             image=image,
-            label=str(row["label"]),
-            prediction=str(row["prediction"]),
+            label=str(label),
+            prediction=str(prediction),
             column=column,
-            restart=int(row["restart"]),
-            step=int(row["step"]),
+            restart=int(restart),
+            step=int(step),
         )

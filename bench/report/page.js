@@ -43,21 +43,21 @@
 
   // charts: Vega-Lite, drawn when they come into sight
   const percent = { type: "quantitative", scale: { domain: [0, 100] } };
-  const look = () => {
-    // paper is white whatever the screen is
-    const night = dark.matches && !matchMedia("print").matches;
+  const look = (width) => {
+    const night = dark.matches;
     const ink = night ? "#e8e8e8" : "#1a1a1a";
+    const first = night ? "#56b4e9" : "#0072b2";
     const faint = night ? "#3a4048" : "#e2e2e2";
     return {
-      background: "transparent", view: { stroke: null }, font: "system-ui, sans-serif",
+      background: "transparent", area: { color: first }, line: { color: first }, point: { color: first, opacity: 0.9 }, view: { stroke: null }, font: "system-ui, sans-serif",
       axis: { labelColor: ink, titleColor: ink, gridColor: faint, domainColor: ink, tickColor: ink, labelFontSize: 11, titleFontSize: 12 },
-      legend: { labelColor: ink, titleColor: ink, orient: "top" },
+      legend: { labelColor: ink, titleColor: ink, orient: "top", columns: width < 600 ? 2 : 0, symbolOpacity: 1 },
       range: { category: night ? ["#56b4e9", "#e69f00", "#2fd6a5", "#e59ac6", "#f0864a", "#c9c9c9"] : ["#0072b2", "#d55e00", "#009e73", "#cc79a7", "#8a6d00", "#444444"] },
     };
   };
   const curve = (chart) => {
     const tip = [{ field: "x", title: chart.axis }, { field: "y", title: "accuracy (%)" }, { field: "low" }, { field: "high" }];
-    const x = { field: "x", type: "quantitative", title: chart.axis };
+    const x = { field: "x", type: "quantitative", title: chart.axis, axis: { labelOverlap: true } };
     if (chart.axis.startsWith("radius")) x.scale = { type: "symlog", constant: 0.02 };
     return {
       data: { values: chart.values }, encoding: { x },
@@ -84,10 +84,10 @@
     const values = rows.filter((row) => !row.hidden && row.dataset.worst && row.dataset.clean).map(({ dataset: d }) => ({ defense: d.label, dataset: d.dataset, protocol: d.protocol, kind: d.kind, audit: d.verdict, clean: +(+d.clean).toFixed(2), worst: +(+d.worst).toFixed(2), low: +d.low, high: +d.high }));
     const tip = ["defense", "dataset", "protocol", "audit", "clean", "worst"].map((field) => ({ field }));
     return {
-      data: { values }, encoding: { x: { ...percent, field: "clean", scale: { zero: false }, title: "clean accuracy (%)" }, color: { field: "kind", title: null } },
+      data: { values }, encoding: { x: { ...percent, field: "clean", scale: { zero: false, padding: 15, nice: false }, title: "clean accuracy (%)" } },
       layer: [
-        { mark: { type: "rule", opacity: 0.5 }, encoding: { y: { ...percent, field: "low", title: "worst case (%)" }, y2: { field: "high" } } },
-        { mark: { type: "point", filled: true, size: 90 }, encoding: { y: { ...percent, field: "worst" }, shape: { field: "kind", title: null }, tooltip: tip } },
+        { mark: { type: "rule", opacity: 0.5 }, encoding: { y: { ...percent, field: "low", title: "worst case (%)" }, y2: { field: "high" }, color: { field: "kind", legend: null } } },
+        { mark: { type: "point", filled: true, size: 90 }, encoding: { y: { ...percent, field: "worst" }, color: { field: "kind", title: null }, shape: { field: "kind", title: null }, tooltip: tip } },
       ],
     };
   };
@@ -104,7 +104,7 @@
     drawn.get(figure)?.finalize();
     drawn.set(figure, null);
     const said = figure === overview ? "Worst case against clean accuracy; the numbers are in the table below" : figure.querySelector("figcaption").textContent;
-    const whole = { $schema: "https://vega.github.io/schema/vega-lite/v6.json", width: "container", height: 230, autosize: { type: "fit", contains: "padding" }, description: said, config: look(), ...spec };
+    const whole = { $schema: "https://vega.github.io/schema/vega-lite/v6.json", width: "container", height: 230, autosize: { type: "fit", contains: "padding" }, description: said, config: look(figure.clientWidth), ...spec };
     // the interpreter in place of generated code: the page's policy forbids eval
     const made = await vegaEmbed(plot, whole, { actions: false, renderer: "svg", ast: true, mode: "vega-lite", tooltip: { theme: dark.matches ? "dark" : "light" } });
     drawn.set(figure, made);
