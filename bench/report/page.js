@@ -86,7 +86,7 @@
     return {
       data: { values }, encoding: { x: { ...percent, field: "clean", scale: { zero: false, padding: 15, nice: false }, title: "clean accuracy (%)" } },
       layer: [
-        { mark: { type: "rule", opacity: 0.5 }, encoding: { y: { ...percent, field: "low", title: "worst case (%)" }, y2: { field: "high" }, color: { field: "kind", legend: null } } },
+        { mark: { type: "rule", color: "#888888" }, encoding: { y: { ...percent, field: "low", title: "worst case (%)" }, y2: { field: "high" } } },
         { mark: { type: "point", filled: true, size: 90 }, encoding: { y: { ...percent, field: "worst" }, color: { field: "kind", title: null }, shape: { field: "kind", title: null }, tooltip: tip } },
       ],
     };

@@ -14,7 +14,7 @@ _SUCCESS = {
 
 
 def protocol(record: Record) -> list[str]:
-    """Sentences on the whole of a run's protocol, then its footnotes."""
+    """Sentences on the whole of a run's protocol; its footnotes are remarks on the run."""
     asked = record.asked
     said = [
         f"{asked.samples} test images of {asked.dataset}, attacked under protocol {asked.protocol['name']}. "
@@ -33,7 +33,7 @@ def protocol(record: Record) -> list[str]:
         "The headline is the worst case: an image holds only if it withstands every attack that is not a diagnostic."
     )
     said.append(f"Gradients were taken in {asked.precision}; the deployed model judged in fp32.")
-    return [*said, *record.footnotes]
+    return said
 
 
 def column(asked: ColumnRecord) -> str:
