@@ -11,7 +11,7 @@ from functools import cache
 from importlib.resources import files
 from pathlib import Path
 
-from bench import __version__
+from bench import __version__, registry
 from bench.errors import UsageError
 from bench.long import groups
 from bench.record import atomic, read_all, read_void
@@ -65,8 +65,12 @@ def render(results: Path) -> str:
 
 def entries(results: Path) -> list[Entry]:
     """The groups of a results folder and its void runs, credible ones first, by dataset, protocol and worst case."""
+    known = registry.entries()
     made = [
-        *(entry(group, f"run-{place}", results) for place, group in enumerate(groups(read_all(results)))),
+        *(
+            entry(group, f"run-{place}", results, known)
+            for place, group in enumerate(groups(read_all(results)))
+        ),
         *_voids(results),
     ]
     return sorted(made, key=_place)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -95,8 +95,8 @@ class Entry:
         return (*clean, *attacked[:1])
 
 
-def entry(group: Group, anchor: str, results: Path) -> Entry:
-    """The entry of a group of runs."""
+def entry(group: Group, anchor: str, results: Path, registered: Mapping[str, registry.Entry]) -> Entry:
+    """The entry of a group of runs; `registered` are the defenses that there are."""
     first = group.records[0]
     asked = {column.name: column for column in first.columns}
     shown = {} if group.void else {column.name: column for column in group.columns}
@@ -106,7 +106,7 @@ def entry(group: Group, anchor: str, results: Path) -> Entry:
         label=group.label,
         dataset=group.dataset,
         protocol=group.protocol,
-        kind=_kind(first),
+        kind=_kind(first, registered),
         verdict=doubt(group) or "credible",
         clean=next((column for column in shown.values() if column.attack == "clean"), None),
         worst=shown.get(WORST_CASE),
@@ -152,13 +152,13 @@ def _folder(record: Record, results: Path) -> str:
     return record._folder.relative_to(results).as_posix()
 
 
-def _kind(record: Record) -> str:
+def _kind(record: Record, registered: Mapping[str, registry.Entry]) -> str:
     """What sort of defense it is, as far as the record and the registry tell."""
     if record.model.mixture is not None:
         return f"{record.model.mixture} mixture"
     if record.training.source != "trained":
         return "checkpoint"
-    known = registry.entries().get(record.asked.defense)
+    known = registered.get(record.asked.defense)
     return "plain network" if known and known.module.startswith("baselines.") else "single network, defended"
 
 
@@ -257,6 +257,7 @@ def _fallen(group: Group, fell: Sequence[tuple[int, str]]) -> Iterator[Fallen]:
     if not fell:
         return
     table = group.records[0].outcomes(["index", "label", "column", "prediction", "restart", "step"])
+    table = table[table["index"].isin([int(group.images[place]) for place, _ in fell])]
     keys = zip(table["index"], table["column"], strict=True)
     rows = dict(zip(keys, table[["label", "prediction", "restart", "step"]].to_numpy().tolist(), strict=True))
     for place, column in fell:
