@@ -643,6 +643,20 @@ def plot(
 
 @commands.command()
 @click.option(
+    "--results", type=click.Path(path_type=Path), default=Path("results"), show_default=True, metavar="DIR"
+)
+@click.option(
+    "--out", type=click.Path(path_type=Path), help="The file. [default: report.html in the results folder]"
+)
+def report(results: Path, out: Path | None) -> None:
+    """Write one HTML page of everything measured; it needs no network and no server."""
+    from bench.report import write
+
+    click.echo(write(results, out))
+
+
+@commands.command()
+@click.option(
     "--defense",
     default="resnet18,dwf",
     show_default=True,

@@ -13,9 +13,10 @@ from pathlib import Path
 import matplotlib
 
 from bench import published
+from bench.curves import high_end, low_end
 from bench.long import Group, Measured
 from bench.plot.curves import chance
-from bench.plot.style import STYLE, band, empty, high, legend, lines_of, look, low, saved, tidy, write
+from bench.plot.style import STYLE, band, empty, legend, lines_of, look, saved, tidy, write
 from bench.record import safe
 
 PROTOCOL = "calibration"
@@ -110,7 +111,7 @@ def _draw(
             axes.axhline(value, color="0.75", linewidth=0.6, zorder=0)
         for place, curve in enumerate(curves):
             shown = look(place)
-            bands = [low(point) for point in curve.points], [high(point) for point in curve.points]
+            bands = [low_end(point) for point in curve.points], [high_end(point) for point in curve.points]
             axes.fill_between(curve.eps, *bands, color=shown["color"], alpha=0.18, linewidth=0)
             axes.plot(curve.eps, curve.accuracies, **shown, label=curve.label)
             if curve.printed is not None:
@@ -150,7 +151,7 @@ def _data(curves: Sequence[_Curve], printed: dict[str, float], steps: int) -> by
     rows: list[list[object]] = [[*header, "curve", "implied_eps"]]
     for curve in curves:
         for eps, point in zip(curve.eps, curve.points, strict=True):
-            ends = (point.accuracy, low(point), high(point), band(point), point.n, point.seeds)
+            ends = (point.accuracy, low_end(point), high_end(point), band(point), point.n, point.seeds)
             rows.append(["measured", curve.label, repr(eps), steps if eps else 0, *ends, curve.label, ""])
     by_row = {curve.row: curve for curve in curves if curve.row is not None}
     for name, value in printed.items():

@@ -4,19 +4,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 import matplotlib
-import numpy as np
 
-from bench.long import WORST_CASE, WORST_DRAW, Group, Measured
-from bench.plot.style import STYLE, band, empty, high, legend, lines_of, look, low, saved, tidy, write
+from bench.curves import PROTOCOL, SWEEP, Line, high_end, line_of, low_end
+from bench.long import Group
+from bench.plot.style import STYLE, band, empty, legend, lines_of, look, saved, tidy, write
 from bench.record import safe
-from bench.stats import mean_std, wilson
 
-PROTOCOL = "dwf-paper"
-SWEEP = "sweep"
 NOTHING = f"no finished {PROTOCOL} or {SWEEP} runs in {{}}; `bench run --protocol {PROTOCOL}` makes some"
 
 #: the figures of a dataset, and what stands under their axis
@@ -25,27 +21,6 @@ KINDS = {
     "pgd": "PGD steps",
     "sweep": "radius eps of FGSM and PGD (pixels in [0,1])",
 }
-
-
-@dataclass(frozen=True)
-class Line:
-    """A defense: where its points lie, and how far its band reaches; accuracies in percent."""
-
-    label: str
-    x: tuple[float, ...]
-    points: tuple[Measured, ...]
-    raw: tuple[float, ...] = ()
-    """in a sweep: what each radius alone was found to leave"""
-
-    @property
-    def low(self) -> list[float]:
-        """The lower end of the band at each point."""
-        return [low(point) for point in self.points]
-
-    @property
-    def high(self) -> list[float]:
-        """The upper end."""
-        return [high(point) for point in self.points]
 
 
 def draw(found: Sequence[Group], out: Path, *, data_only: bool = False) -> list[Path]:
@@ -67,60 +42,6 @@ def draw(found: Sequence[Group], out: Path, *, data_only: bool = False) -> list[
                 drawn = [] if data_only else _draw(lines, kind, chance(alike))
                 written += write(out / f"{safe(dataset)}-{kind}", [*drawn, ("csv", _data(lines, kind))])
     return written
-
-
-def line_of(group: Group, kind: str) -> Line:
-    """A defense under FGSM of rising radius, clean images at 0, or under PGD of rising steps, or under both in a sweep."""
-    if (kind == "sweep") != (group.protocol == SWEEP):
-        return Line(group.label, (), ())
-    if kind == "sweep":
-        return _swept(group)
-    found: list[tuple[float, Measured]] = []
-    for column in group.columns:
-        if column.attack == kind:
-            found.append((float((column.epsilon if kind == "fgsm" else column.steps) or 0), column))
-        elif column.attack == "clean" and kind == "fgsm":
-            found.append((0.0, column))
-    found.sort(key=lambda point: point[0])
-    return Line(group.label, tuple(x for x, _ in found), tuple(column for _, column in found))
-
-
-def _swept(group: Group) -> Line:
-    """A defense under the strongest attack at each radius, an image that fell at a smaller one counted as fallen."""
-    derived = (WORST_CASE, WORST_DRAW)
-    radii = sorted({column.epsilon or 0.0 for column in group.columns if column.name not in derived})
-    alone, running = [], []
-    for shares in group.shares:
-        at = [
-            [
-                place
-                for place, c in enumerate(group.columns)
-                if (c.epsilon or 0.0) == eps and c.name not in derived
-            ]
-            for eps in radii
-        ]
-        least = np.array([shares[places].min(0) for places in at])
-        alone.append(100 * least.mean(1))
-        running.append(100 * np.minimum.accumulate(least, axis=0).mean(1))
-    n = len(group.images)
-    points = []
-    for place, eps in enumerate(radii):
-        mean, std = mean_std([float(values[place]) for values in running])
-        lower, upper = wilson(mean / 100 * n, n)
-        points.append(
-            Measured(
-                name=f"sweep-{eps:g}",
-                attack=SWEEP,
-                epsilon=eps,
-                accuracy=mean,
-                ci_low=100 * float(lower),
-                ci_high=100 * float(upper),
-                n=n,
-                seeds=len(group.records),
-                std=std,
-            )
-        )
-    return Line(group.label, tuple(radii), tuple(points), tuple(np.mean(alone, axis=0).tolist()))
 
 
 def chance(alike: Sequence[Group]) -> float:
@@ -173,7 +94,7 @@ def _data(lines: Sequence[Line], kind: str) -> bytes:
     for line in lines:
         alone: list[list[object]] = [[value] for value in line.raw] or [[]] * len(line.x)
         for x, point, own in zip(line.x, line.points, alone, strict=True):
-            ends = (point.accuracy, low(point), high(point))
+            ends = (point.accuracy, low_end(point), high_end(point))
             shown = int(x) if kind == "pgd" else repr(x)
             rows.append([line.label, shown, *ends, band(point), point.n, point.seeds, *own])
     return lines_of(rows)

@@ -11,10 +11,10 @@ import matplotlib
 import numpy as np
 
 from bench.block import doubt, together
+from bench.curves import SWEEP, high_end, low_end
 from bench.long import Group, Measured
 from bench.plot.calibration import PROTOCOL as CALIBRATION
-from bench.plot.curves import SWEEP
-from bench.plot.style import STYLE, WIDE, WIDTH, band, canvas, high, lines_of, low, saved, write
+from bench.plot.style import STYLE, WIDE, WIDTH, band, canvas, lines_of, saved, write
 from bench.record import safe
 
 NOTHING = "no finished run in {} has an attack; `bench run` makes some"
@@ -113,6 +113,6 @@ def _data(alike: Sequence[Group], columns: Sequence[str]) -> bytes:
             if column is None:
                 continue
             eps = "" if column.epsilon is None else repr(column.epsilon)
-            ends = (column.accuracy, low(column), high(column), band(column), column.n, column.seeds)
+            ends = (column.accuracy, low_end(column), high_end(column), band(column), column.n, column.seeds)
             rows.append([group.label, name, column.attack, eps, *ends, int(not doubt(group))])
     return lines_of(rows)

@@ -63,16 +63,6 @@ def look(place: int) -> dict[str, Any]:
     }
 
 
-def low(point: Measured) -> float:
-    """The lower end of a band, in percent: of Wilson's interval, or of mean ± std where there are several seeds."""
-    return point.ci_low if point.seeds == 1 else point.accuracy - point.std
-
-
-def high(point: Measured) -> float:
-    """The upper end, likewise."""
-    return point.ci_high if point.seeds == 1 else point.accuracy + point.std
-
-
 def band(point: Measured) -> str:
     """Which of the two a band is: `wilson` or `std`."""
     return "wilson" if point.seeds == 1 else "std"

@@ -14,11 +14,11 @@ import numpy as np
 
 from bench import registry
 from bench.block import doubt
+from bench.curves import SWEEP, high_end, low_end
 from bench.errors import UnknownName
 from bench.long import WORST_CASE, Group, Measured, groups
 from bench.plot.calibration import PROTOCOL as CALIBRATION
-from bench.plot.curves import SWEEP
-from bench.plot.style import STYLE, band, empty, high, legend, lines_of, look, low, saved, tidy, write
+from bench.plot.style import STYLE, band, empty, legend, lines_of, look, saved, tidy, write
 from bench.record import Record, safe
 
 NOTHING = "no two finished runs in {} were attacked on the same images; `bench run --defense dwf,resnet18` makes some"
@@ -197,8 +197,8 @@ def _draw(curves: Sequence[_Curve], front: Sequence[_Point]) -> list[tuple[str, 
             shown = look(place)
             bar: dict[str, Any] = {"color": shown["color"], "alpha": 0.4, "linewidth": 0.6}
             for point in curve.points:
-                axes.hlines(point.at[1], low(point.sa), high(point.sa), **bar)
-                axes.vlines(point.at[0], low(point.ra), high(point.ra), **bar)
+                axes.hlines(point.at[1], low_end(point.sa), high_end(point.sa), **bar)
+                axes.vlines(point.at[0], low_end(point.ra), high_end(point.ra), **bar)
                 if point.value is not None:
                     axes.annotate(
                         f"{point.value:g}",
@@ -247,7 +247,7 @@ def _data(curves: Sequence[_Curve], front: Sequence[_Point]) -> bytes:
     ]
     for curve in curves:
         for point in curve.points:
-            ends = [value for c in (point.sa, point.ra) for value in (c.accuracy, low(c), high(c))]
+            ends = [value for c in (point.sa, point.ra) for value in (c.accuracy, low_end(c), high_end(c))]
             turned = [f"{point.value:g}" if knob == curve.knob else "" for knob in knobs]
             eps = _radius(point.group)
             told = (band(point.sa), point.sa.n, point.sa.seeds, None if eps is None else repr(eps))
