@@ -167,8 +167,13 @@ class Evaluator:
         )
         return (low if self.success == "last" else forward), high
 
-    def run(self, programs: Sequence[Program], index: np.ndarray) -> Batch:
-        """Every program on the images at these dataset positions.
+    def run(
+        self,
+        programs: Sequence[Program],
+        index: np.ndarray,
+        begins: Callable[[Program, Batch], None] = lambda program, batch: None,
+    ) -> Batch:
+        """Every program on the images at these dataset positions; `begins` is told of each before it is run.
 
         Raises:
             VoidRun: a non-finite logit or gradient, or an illegal perturbation; names image, column and cause.
@@ -181,6 +186,7 @@ class Evaluator:
         found = None if radius is None else Found(x)
         with exact_arithmetic():
             for program in sorted(programs, key=lambda program: program.first.family == EIGHT_BIT):
+                begins(program, batch)
                 cost, started = Cost(), time.perf_counter()
                 address = (self.seed, "judge", program.name, int(index[0])) if self.draws else None
                 judge = Judge(self.model, self.classes, cost, seed=address, at_once=self.judged_at_once)
