@@ -21,7 +21,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from bench.errors import DuplicateName, PluginError, UnknownName, UsageError
+from bench.errors import DuplicateName, PluginError, UnknownName, UsageError, meant
 
 if TYPE_CHECKING:
     from bench.defense import Defense
@@ -29,10 +29,16 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 
 PACKAGES = ("defenses", "baselines")
+#: what is in a package, where a file does not say of which kind it is
+KINDS = {"baselines": "plain network"}
 ENTRY_POINTS = "bench.defenses"
 
 #: what a name may be: it is typed in lists that commas separate, and a colon ends a family
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._+-]*:?")
+#: a paper as docstrings name it
+_PAPER = re.compile(r"arXiv[ :]\d{4}\.\d{4,5}|openreview\.net[ /](?:forum\?id=)?[\w-]+")
+#: facts that have a line of their own in docstrings
+_FACT = {name: re.compile(rf"^{name.title()}: (.+?)\.?$", re.MULTILINE) for name in ("kind", "cost")}
 
 
 @dataclass(frozen=True)
@@ -55,6 +61,12 @@ class Entry:
     name: str
     summary: str
     module: str
+    kind: str = ""
+    """what its docstring, or that of its file, says after `Kind:`"""
+    paper: str = ""
+    """the first paper that they name"""
+    cost: str = ""
+    """what training by the recipe `fast` takes: after `Cost:`"""
 
 
 def register(name: str) -> Callable[[T], T]:
@@ -96,13 +108,14 @@ def entries() -> dict[str, Entry]:
     found: dict[str, Entry] = {}
     for package in PACKAGES:
         for file in _files(package):
-            for name, summary in _scan(file):
+            for name, told in _scan(file):
                 module = f"{package}.{file.stem}"
                 if name in found:
                     raise DuplicateName(
                         f"{name!r} is registered by {found[name].module} and by {module}; rename one"
                     )
-                found[name] = Entry(name, summary, module)
+                kind = told.pop("kind") or KINDS.get(package, "")
+                found[name] = Entry(name, module=module, kind=kind, **told)
     for point in importlib.metadata.entry_points(group=ENTRY_POINTS):
         if point.name in found:
             raise DuplicateName(
@@ -111,7 +124,8 @@ def entries() -> dict[str, Entry]:
         found[point.name] = Entry(point.name, f"from {point.value}", point.value)
     for name, one in _registered.items():
         if name not in found:
-            found[name] = Entry(name, _first_line(inspect.getdoc(one.thing)), one.owner)
+            whole = getattr(sys.modules.get(one.owner), "__doc__", None)
+            found[name] = Entry(name, module=one.owner, **_told(inspect.getdoc(one.thing), whole))
     return found
 
 
@@ -272,7 +286,8 @@ def _callable(module: str, attribute: str, name: str) -> Any:
             ) from None
         raise
     if not hasattr(found, attribute):
-        raise UsageError(f"module {module!r} has no {attribute!r}")
+        public = [name for name in vars(found) if not name.startswith("_")]
+        raise UsageError(f"module {module!r} has no {attribute!r}{meant(attribute, public)}")
     return getattr(found, attribute)
 
 
@@ -302,11 +317,10 @@ def _files(package: str) -> list[Path]:
     return sorted(file for place in spec.submodule_search_locations for file in Path(place).glob("[!_]*.py"))
 
 
-def _scan(file: Path) -> list[tuple[str, str]]:
-    """The literal names that a file registers at its top level, with the first line of each one's docstring."""
+def _scan(file: Path) -> list[tuple[str, dict[str, str]]]:
+    """The literal names that a file registers at its top level, each with what docstrings tell of it."""
     with _blaming(str(file), str(file)):
         tree = ast.parse(file.read_bytes(), filename=str(file))
-    about_file = _first_line(ast.get_docstring(tree))
     found = []
     for node in tree.body:
         if not isinstance(node, (ast.ClassDef, ast.FunctionDef)):
@@ -317,8 +331,17 @@ def _scan(file: Path) -> list[tuple[str, str]]:
                     func=ast.Name(id="register") | ast.Attribute(attr="register"),
                     args=[ast.Constant(value=str(name))],
                 ):
-                    found.append((name, _first_line(ast.get_docstring(node)) or about_file))
+                    found.append((name, _told(ast.get_docstring(node), ast.get_docstring(tree))))
     return found
+
+
+def _told(own: str | None, file: str | None) -> dict[str, str]:
+    """Summary, kind, paper and cost, from a defense's docstring where it tells, else from that of its file."""
+    told = {"summary": _first_line(own) or _first_line(file)}
+    for name, pattern in {"paper": _PAPER, **_FACT}.items():
+        found = pattern.search(own or "") or pattern.search(file or "")
+        told[name] = found[found.re.groups] if found else ""
+    return told
 
 
 def _first_line(text: str | None) -> str:

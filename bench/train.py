@@ -206,9 +206,7 @@ class Loop:
         stage, state = self.stages[number], self.state
         part = Part(self, number, stage)
         what = f"training {self.name}, {stage.name}"
-        with progress(
-            what, part.total, done=part.done, images=stage.batch_size, quiet=self.quiet
-        ) as meter:
+        with progress(what, part.total, done=part.done, images=stage.batch_size, quiet=self.quiet) as meter:
             for epoch in range(state.epoch, stage.epochs):
                 part.learn(epoch, meter)
                 part.look(epoch, meter)

@@ -14,6 +14,7 @@ from bench.progress import Meter
 #: passes of AutoAttack on an image that it does not break: 1,900 gradients and 5,000 queries, about
 AUTOATTACK = 10_000
 
+
 class Watch:
     """Turns what an evaluator tells into progress.
 

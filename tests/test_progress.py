@@ -154,7 +154,10 @@ def test_what_is_done_and_how_much_of_it_are_given_up_last(clock):
     some = module.Work("attacking dwf", 100)
     clock.now += 2
     some.advance(10, note="FGSM")
-    assert some.fitted(200) == "attacking dwf  [==                  ]  10 of 100  5 images/s  about 18 s left  FGSM"
+    assert (
+        some.fitted(200)
+        == "attacking dwf  [==                  ]  10 of 100  5 images/s  about 18 s left  FGSM"
+    )
     assert some.fitted(60) == "attacking dwf  10 of 100  5 images/s  about 18 s left  FGSM"
     assert some.fitted(48) == "attacking dwf  10 of 100  about 18 s left  FGSM"
     assert some.fitted(41) == "attacking dwf  10 of 100  about 18 s left"
@@ -163,9 +166,7 @@ def test_what_is_done_and_how_much_of_it_are_given_up_last(clock):
 
 
 @pytest.mark.parametrize(("name", "value"), [("TERM", "dumb"), ("CI", "true"), ("CI", "1")])
-def test_a_ci_log_and_a_dumb_terminal_get_lines_without_control_characters(
-    clock, monkeypatch, name, value
-):
+def test_a_ci_log_and_a_dumb_terminal_get_lines_without_control_characters(clock, monkeypatch, name, value):
     screen = terminal(monkeypatch, **{name: value})
     work(clock, [61])
     assert screen.getvalue() == "dwf: experts: 10 of 100, 0.16 images/s, about 9 min left, loss 0.5\n"
