@@ -90,7 +90,9 @@ def register(name: str) -> Callable[[T], T]:
 
     def add(thing: T) -> T:
         owner = _registered[name].owner if name in _registered else _claimed_elsewhere(name, module)
-        if owner is not None:
+        # whoever runs a cell of a notebook again means the new one
+        again = owner == module == "__main__" and hasattr(sys, "ps1")
+        if owner is not None and not again:
             raise DuplicateName(f"{name!r} is registered by {_shown(owner)} already; choose another name")
         _registered[name] = _Registered(thing, module)
         return thing
