@@ -43,7 +43,7 @@ from bench.provenance import weights_hash, where
 from bench.record import Asked, ProgramRecord, Record
 from bench.session import Job, Session, prepare, samples_of
 from bench.train import paces
-from bench.watch import Watch
+from bench.under_way import UnderWay
 from bench.weights import Weights, build, charging, naming_defense, precision_of, stages, weigh
 
 if TYPE_CHECKING:
@@ -351,11 +351,11 @@ def _attack_all(
     left = np.setdiff1d(np.arange(n), parts.done())
     try:
         with terminable(), progress(what, n, done=n - len(left), quiet=session.quiet) as meter:
-            watch = Watch(meter, programs)
+            under_way = UnderWay(meter, programs)
             for start in range(0, len(left), session.batch_size):
-                batch = evaluator.run(programs, left[start : start + session.batch_size], watch.begins)
+                batch = evaluator.run(programs, left[start : start + session.batch_size], under_way.begins)
                 parts.add(batch)
-                watch.ends(batch)
+                under_way.ends(batch)
     except KeyboardInterrupt:
         kept = len(parts.done())
         raise Interrupted(

@@ -172,6 +172,7 @@ def load_plugin(path: str | Path) -> None:
     if not file.is_file():
         raise PluginError(
             f"no plugin file {str(path)!r}; give the path of a Python file that uses @bench.register"
+            + meant(file.name, [other.name for other in file.parent.glob("*.py")])
         )
     try:
         source = file.read_bytes()
@@ -282,9 +283,10 @@ def _callable(module: str, attribute: str, name: str) -> Any:
     except PluginError as error:
         missing = error.__cause__
         if isinstance(missing, ModuleNotFoundError) and f"{module}.".startswith(f"{missing.name}."):
-            families = ", ".join(n + "NAME" for n in entries() if n.endswith(":"))
+            families = [n for n in entries() if n.endswith(":")]
             raise UsageError(
-                f"no module named {module!r} for the defense {name!r}; MODULE:FUNCTION must be importable ({families} also exist)"
+                f"no module named {module!r} for the defense {name!r}; MODULE:FUNCTION must be importable "
+                f"({', '.join(n + 'NAME' for n in families)} also exist){meant(f'{module}:', families)}"
             ) from None
         raise
     if not hasattr(found, attribute):

@@ -8,22 +8,22 @@ import re
 from pathlib import Path
 from typing import Any
 
-from mkdocs.structure.files import File, Files
-
 from bench import listing, protocol, registry
 
 ROOT = Path(__file__).parent.parent
 PUBLISHED = ROOT / "results" / "published"
 
 
-def on_files(files: Files, config: Any) -> Files:
+def on_files(files: Any, config: Any) -> Any:
     """Adds the generated pages."""
+    from mkdocs.structure.files import File
+
     for name, text in (("protocols", protocols()), ("defenses", defenses())):
         files.append(File.generated(config, f"reference/{name}.md", content=text))
     return files
 
 
-def on_page_markdown(markdown: str, page: Any, config: Any, files: Files) -> str:
+def on_page_markdown(markdown: str, page: Any, config: Any, files: Any) -> str:
     """Puts rows of published tables where `<!-- published: ATTACK of ROW, ROW on DATASET -->` stands."""
     return re.sub(r"<!-- published: (\w+) of (.+?) on (\w+) -->", lambda m: published(*m.groups()), markdown)
 

@@ -312,6 +312,8 @@ def test_training_prints_where_the_weights_are(call, monkeypatch):
             "one checkpoint for 2 defenses; give --defense one name",
         ),
         (["--plugin", "nowhere.py"], "no plugin file 'nowhere.py'"),
+        (["--plugin", "plugins.py"], "no plugin file 'plugins.py'.*; did you mean 'plugin.py'"),
+        (["--defense", "tim:resnet18"], "no module named 'tim'.*; did you mean 'timm:'"),
         (["--results", "one.toml"], "cannot write the results folder 'one.toml': File exists"),
         (["--results", "one.toml/x"], "cannot write the results folder 'one.toml/x': Not a directory"),
         (["--nonsense"], r"No such option.*--nonsense.*try `bench run --help`"),
@@ -337,6 +339,10 @@ def test_what_is_asked_wrongly_is_one_line(refused, words, said):
         (["table", "--format", "latx"], "'latx' is not one of .*; did you mean 'latex'"),
         (["completion", "bsh"], "'bsh' is not one of .*; did you mean 'bash'"),
         (["rnu"], "did you mean 'run'|Did you mean 'run'"),
+        (
+            ["power", "--defense", "fine,fine", "--protocol", "oen"],
+            "no runs of oen on digits; .*; did you mean 'one'",
+        ),
         (["audit", "fien"], "no run fits 'fien' .*; did you mean 'fine'"),
         (["table", "--compare-to", "fien"], "no defense named 'fien'; did you mean 'fine'"),
         (

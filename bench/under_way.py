@@ -15,7 +15,7 @@ from bench.progress import Meter
 AUTOATTACK = 10_000
 
 
-class Watch:
+class UnderWay:
     """Turns what an evaluator tells into progress.
 
     A program that is done counts as its share of the batch's images: a batch may take an hour, and it should be seen how

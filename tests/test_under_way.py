@@ -7,7 +7,7 @@ from oracles import Hyperplane, dataset, points
 from bench.evaluate import Evaluator
 from bench.plan import plan
 from bench.protocol import Protocol
-from bench.watch import Watch, named, passes
+from bench.under_way import UnderWay, named, passes
 
 SPECS = [
     {"attack": "fgsm", "eps": [1e-6, 2e-6]},
@@ -16,7 +16,7 @@ SPECS = [
 
 
 class Heard:
-    """A meter that keeps what it is told."""
+    """A meter that keeps what it is under_way."""
 
     def __init__(self):
         self.amounts, self.notes = [], []
@@ -36,9 +36,9 @@ def heard():
     programs = plan(columns)
     evaluator = Evaluator(model, classes=len(data.classes), split=data.test, seed=0, success="any")
     meter = Heard()
-    watch = Watch(meter, programs)
+    under_way = UnderWay(meter, programs)
     for index in (np.arange(10), np.arange(10, 24)):
-        watch.ends(evaluator.run(programs, index, watch.begins))
+        under_way.ends(evaluator.run(programs, index, under_way.begins))
     return meter, margin > eps
 
 
