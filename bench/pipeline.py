@@ -352,8 +352,9 @@ def _attack_all(
     try:
         with terminable(), progress(what, n, done=n - len(left), quiet=session.quiet) as meter:
             under_way = UnderWay(meter, programs)
+            evaluator.begins = under_way.begins
             for start in range(0, len(left), session.batch_size):
-                batch = evaluator.run(programs, left[start : start + session.batch_size], under_way.begins)
+                batch = evaluator.run(programs, left[start : start + session.batch_size])
                 parts.add(batch)
                 under_way.ends(batch)
     except KeyboardInterrupt:
