@@ -176,7 +176,10 @@ class Network(plain.PlainNetwork[Config]):
 
 @register("densenet121")
 class DenseNet121(Network):
-    """DenseNet-121 with a CIFAR stem, plain (Huang et al. 2017)."""
+    """DenseNet-121 with a CIFAR stem, plain (Huang et al. 2017).
+
+    Cost: 30 passes of 0.89 G.
+    """
 
     blocks = (6, 12, 24, 16)
     sources = _sources(
@@ -202,7 +205,10 @@ class DenseNet121(Network):
 
 @register("densenet169")
 class DenseNet169(Network):
-    """DenseNet-169 with a CIFAR stem, plain (Huang et al. 2017)."""
+    """DenseNet-169 with a CIFAR stem, plain (Huang et al. 2017).
+
+    Cost: 30 passes of 1.1 G.
+    """
 
     blocks = (6, 12, 32, 32)
     sources = _sources(huyvnphan=94.05)

@@ -83,7 +83,10 @@ def from_kuangliu(state: dict[str, Tensor]) -> dict[str, Tensor]:
 
 @register("googlenet")
 class GoogLeNet(plain.PlainNetwork[Config]):
-    """GoogLeNet with a CIFAR stem, plain (Szegedy et al. 2015)."""
+    """GoogLeNet with a CIFAR stem, plain (Szegedy et al. 2015).
+
+    Cost: 30 passes of 1.3 G.
+    """
 
     recipes: ClassVar[Mapping[str, object]] = {
         "tiny": Config(epochs=15),

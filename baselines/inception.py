@@ -30,7 +30,10 @@ def inception_v3(*, channels: int, classes: int) -> nn.Module:
 
 @register("inception_v3")
 class InceptionV3(plain.PlainNetwork[plain.Config]):
-    """Inception-V3 with a CIFAR stem, plain (Szegedy et al. 2016)."""
+    """Inception-V3 with a CIFAR stem, plain (Szegedy et al. 2016).
+
+    Cost: 30 passes of 3.5 G.
+    """
 
     sources = (
         Source(

@@ -105,7 +105,10 @@ class ProjectedMobileNet(nn.Module):
 
 @register("mobilenet_v2")
 class MobileNetV2(plain.PlainNetwork[Config]):
-    """MobileNet-V2 with strides for CIFAR, plain (Sandler et al. 2018)."""
+    """MobileNet-V2 with strides for CIFAR, plain (Sandler et al. 2018).
+
+    Cost: 30 passes of 0.088 G.
+    """
 
     recipes: ClassVar[Mapping[str, object]] = {
         "tiny": Config(epochs=15),

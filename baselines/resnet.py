@@ -272,7 +272,10 @@ class Network(plain.PlainNetwork[Config]):
 
 @register("resnet18")
 class ResNet18(Network):
-    """ResNet-18 with a CIFAR stem, plain (He et al. 2016)."""
+    """ResNet-18 with a CIFAR stem, plain (He et al. 2016).
+
+    Cost: 30 passes of 0.56 G.
+    """
 
     sources = _sources(
         "resnet18",
@@ -296,7 +299,10 @@ class ResNet18(Network):
 
 @register("resnet34")
 class ResNet34(Network):
-    """ResNet-34 with a CIFAR stem, plain (He et al. 2016)."""
+    """ResNet-34 with a CIFAR stem, plain (He et al. 2016).
+
+    Cost: 30 passes of 1.2 G.
+    """
 
     sources = _sources("resnet34", 93.34, 95.40, 96.26, ())
 
@@ -308,7 +314,10 @@ class ResNet34(Network):
 
 @register("resnet50")
 class ResNet50(Network):
-    """ResNet-50 with a CIFAR stem, plain (He et al. 2016)."""
+    """ResNet-50 with a CIFAR stem, plain (He et al. 2016).
+
+    Cost: 30 passes of 1.3 G.
+    """
 
     sources = _sources(
         "resnet50",

@@ -147,7 +147,10 @@ def _sources(name: str, akamaster: tuple[float, str], chenyaofo: tuple[float, st
 
 @register("resnet20")
 class ResNet20(Network):
-    """ResNet-20 for CIFAR, plain (He et al. 2016, section 4.2)."""
+    """ResNet-20 for CIFAR, plain (He et al. 2016, section 4.2).
+
+    Cost: 30 passes of 0.041 G.
+    """
 
     blocks = 3
     sources = _sources("resnet20", (91.73, "12fca82f"), (92.60, "4118986f"))
@@ -155,7 +158,10 @@ class ResNet20(Network):
 
 @register("resnet32")
 class ResNet32(Network):
-    """ResNet-32 for CIFAR, plain (He et al. 2016, section 4.2)."""
+    """ResNet-32 for CIFAR, plain (He et al. 2016, section 4.2).
+
+    Cost: 30 passes of 0.069 G.
+    """
 
     blocks = 5
     sources = _sources("resnet32", (92.63, "d509ac18"), (93.53, "ef93fc4d"))
@@ -163,7 +169,10 @@ class ResNet32(Network):
 
 @register("resnet44")
 class ResNet44(Network):
-    """ResNet-44 for CIFAR, plain (He et al. 2016, section 4.2)."""
+    """ResNet-44 for CIFAR, plain (He et al. 2016, section 4.2).
+
+    Cost: 30 passes of 0.097 G.
+    """
 
     blocks = 7
     sources = _sources("resnet44", (93.10, "014dd654"), (94.01, "2a3cabcb"))
@@ -171,7 +180,10 @@ class ResNet44(Network):
 
 @register("resnet56")
 class ResNet56(Network):
-    """ResNet-56 for CIFAR, plain (He et al. 2016, section 4.2)."""
+    """ResNet-56 for CIFAR, plain (He et al. 2016, section 4.2).
+
+    Cost: 30 passes of 0.13 G.
+    """
 
     blocks = 9
     sources = _sources("resnet56", (93.39, "4bfd9763"), (94.37, "187c023a"))

@@ -66,7 +66,10 @@ class VGG(nn.Module):
 
 @register("vgg19")
 class VGG19(plain.PlainNetwork[Config]):
-    """VGG-19 with BatchNorm, plain (Simonyan and Zisserman 2015)."""
+    """VGG-19 with BatchNorm, plain (Simonyan and Zisserman 2015).
+
+    Cost: 30 passes of 0.4 G.
+    """
 
     recipes: ClassVar[Mapping[str, object]] = {
         "tiny": Config(epochs=15),

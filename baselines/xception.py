@@ -28,7 +28,10 @@ def xception(*, channels: int, classes: int) -> nn.Module:
 
 @register("xception")
 class XceptionNetwork(plain.PlainNetwork[plain.Config]):
-    """Xception with a CIFAR stem, plain (Chollet 2017)."""
+    """Xception with a CIFAR stem, plain (Chollet 2017).
+
+    Cost: 30 passes of 0.37 G.
+    """
 
     def network(self, data: Dataset) -> nn.Module:
         """The Xception for this dataset."""

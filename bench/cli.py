@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import sys
 import traceback
 from collections.abc import Callable, Sequence
@@ -12,8 +13,8 @@ from typing import Any, Literal, TypeVar
 
 import click
 
-from bench import __version__
-from bench.errors import BenchError, Interrupted, UsageError
+from bench import __version__, completion
+from bench.errors import BenchError, Interrupted, UsageError, meant
 
 #: what `bench run` evaluates when it is told nothing: the mixture, and the plain network beside it
 DEFAULT_DEFENSES = "dwf,resnet18"
@@ -25,6 +26,8 @@ def main() -> None:
     """Runs the command line and exits: 0 done, 2 the user's mistake, 1 a bug of ours, 130 interrupted."""
     code, line = 0, ""
     try:
+        if completion.ASKED in os.environ:
+            sys.exit(completion.answer(commands, os.environ[completion.ASKED]))
         # not `commands(…)`: click would answer an interruption and a closed pipe in its own way
         with commands.make_context("bench", sys.argv[1:]) as context:
             commands.invoke(context)
@@ -32,7 +35,7 @@ def main() -> None:
     except click.exceptions.Exit as error:
         code = error.exit_code
     except click.ClickException as error:
-        code, line = 2, error.format_message()
+        code, line = 2, error.format_message().rstrip(".") + _meant(error)
         if isinstance(error, click.UsageError) and error.ctx is not None:
             line += f" (try `{error.ctx.command_path} --help`)"
     except BenchError as error:
@@ -56,6 +59,24 @@ def main() -> None:
     sys.exit(code)
 
 
+#: what `bench` alone says
+FIRST = """\
+bench run                                    train DWF and a ResNet-18 on digits, attack both: two minutes
+bench run --plugin mine.py --defense mine    a defense of yours beside them; --checkpoint takes anybody's weights
+bench list defenses                          what there is; also datasets, protocols, attacks
+bench table                                  what was measured; `bench audit RUN` says what speaks against it
+bench doctor                                 what this machine has; `bench --help` shows every command"""
+
+
+def _meant(error: click.ClickException) -> str:
+    """The nearest of an option's choices, which click itself tells of commands and options alone."""
+    param = getattr(error, "param", None)
+    given = re.search(r"'([^']*)' is not one of", error.format_message())
+    if param is None or given is None or not isinstance(param.type, click.Choice):
+        return ""
+    return meant(given[1], [str(choice) for choice in param.type.choices])
+
+
 @click.group(
     invoke_without_command=True,
     context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
@@ -71,7 +92,7 @@ def commands(context: click.Context) -> None:
     bench table --published                     measured beside published
     """
     if context.invoked_subcommand is None:
-        click.echo(context.get_help())
+        click.echo(FIRST)
 
 
 def asked(train_only: bool) -> Callable[[Command], Command]:
@@ -82,8 +103,15 @@ def asked(train_only: bool) -> Callable[[Command], Command]:
             default=None,
             metavar="NAME[,NAME…]",
             help="What to evaluate; see `bench list defenses`.",
+            shell_complete=completion.defenses,
         ),
-        click.option("--dataset", default="digits", show_default=True, help="See `bench list datasets`."),
+        click.option(
+            "--dataset",
+            default="digits",
+            show_default=True,
+            help="See `bench list datasets`.",
+            shell_complete=completion.dataset,
+        ),
         click.option(
             "--recipe",
             metavar="NAME",
@@ -128,7 +156,12 @@ def asked(train_only: bool) -> Callable[[Command], Command]:
     ]
     evaluating = [
         click.option(
-            "--protocol", multiple=True, default=["dwf-paper"], show_default=True, metavar="NAME|FILE.toml"
+            "--protocol",
+            multiple=True,
+            default=["dwf-paper"],
+            show_default=True,
+            metavar="NAME|FILE.toml",
+            shell_complete=completion.protocol,
         ),
         click.option(
             "--attack",
@@ -136,6 +169,7 @@ def asked(train_only: bool) -> Callable[[Command], Command]:
             multiple=True,
             metavar="NAME",
             help="A further column, such as autoattack or torchattacks:PGD.",
+            shell_complete=completion.attack,
         ),
         click.option("--samples", type=int, metavar="N", help="The first N test images. [default: all]"),
         click.option("--eps", metavar="E", help="The radius, such as 8/255. [default: the dataset's]"),
@@ -266,8 +300,14 @@ def audit(run_: str, results: Path, strict: bool, as_json: bool) -> None:
 
 
 @commands.command()
-@click.argument("model")
-@click.option("--dataset", default="digits", show_default=True, help="Whose images it is shown.")
+@click.argument("model", shell_complete=completion.defense)
+@click.option(
+    "--dataset",
+    default="digits",
+    show_default=True,
+    help="Whose images it is shown.",
+    shell_complete=completion.dataset,
+)
 @click.option("--checkpoint", metavar="PATH|hf_hub:NAME|URL", help="Weights in place of untrained ones.")
 @click.option("--recipe", metavar="NAME", help="Whose settings it is built with, such as paper.")
 @click.option(
@@ -339,7 +379,10 @@ def train(explain: bool, as_json: bool, **shared: Any) -> None:
 @click.option("--layout", type=click.Choice(["paper", "long"]), default="paper", show_default=True)
 @click.option("--published", is_flag=True, help="What papers print, beside ours.")
 @click.option(
-    "--compare-to", metavar="DEFENSE", help="Mark what differs from this row on the same images (McNemar)."
+    "--compare-to",
+    metavar="DEFENSE",
+    help="Mark what differs from this row on the same images (McNemar).",
+    shell_complete=completion.defense,
 )
 @click.option("--per-class", is_flag=True, help="A column for each class, and the worst one.")
 @click.option("--cost", is_flag=True, help="What each training cost, the cheapest first.")
@@ -490,9 +533,26 @@ def lint(files: tuple[Path, ...], strict: bool, as_json: bool) -> None:
 @click.option(
     "--discordant", type=float, metavar="PERCENT", help="Images that only one of the two gets right."
 )
-@click.option("--defense", metavar="A,B", help="Measure that in two finished runs instead.")
-@click.option("--dataset", default="digits", show_default=True, help="Of these runs.")
-@click.option("--protocol", default="dwf-paper", show_default=True, help="Of these runs.")
+@click.option(
+    "--defense",
+    metavar="A,B",
+    help="Measure that in two finished runs instead.",
+    shell_complete=completion.defenses,
+)
+@click.option(
+    "--dataset",
+    default="digits",
+    show_default=True,
+    help="Of these runs.",
+    shell_complete=completion.dataset,
+)
+@click.option(
+    "--protocol",
+    default="dwf-paper",
+    show_default=True,
+    help="Of these runs.",
+    shell_complete=completion.protocol,
+)
 @click.option("--column", default="worst-case", show_default=True, help="Of their protocol.")
 @click.option(
     "--results", type=click.Path(path_type=Path), default=Path("results"), show_default=True, metavar="DIR"
@@ -532,13 +592,28 @@ def power(
 @click.option("--tradeoff", is_flag=True, help="Clean against worst-case accuracy, and the Pareto front.")
 @click.option("--matrix", is_flag=True, help="Every defense under every attack, as a heat map.")
 @click.option(
-    "--gallery", metavar="DEFENSE", help="Images, perturbations, and what a trained network says of them."
+    "--gallery",
+    metavar="DEFENSE",
+    help="Images, perturbations, and what a trained network says of them.",
+    shell_complete=completion.defense,
 )
-@click.option("--gates", metavar="DEFENSE", help="A trained mixture's gate weights, clean against attacked.")
-@click.option("--heatmaps", metavar="DEFENSE", help="Where each expert of a trained mixture looks: Grad-CAM.")
+@click.option(
+    "--gates",
+    metavar="DEFENSE",
+    help="A trained mixture's gate weights, clean against attacked.",
+    shell_complete=completion.defense,
+)
+@click.option(
+    "--heatmaps",
+    metavar="DEFENSE",
+    help="Where each expert of a trained mixture looks: Grad-CAM.",
+    shell_complete=completion.defense,
+)
 @click.option("--data", "data_only", is_flag=True, help="Write only the CSV behind each figure.")
 @click.option(
-    "--dataset", help="Whose runs, or of a trained network whose images. [default: all runs; digits]"
+    "--dataset",
+    help="Whose runs, or of a trained network whose images. [default: all runs; digits]",
+    shell_complete=completion.dataset,
 )
 @click.option(
     "--lines", metavar="DATASET", help="With --calibration: whose published values, if the images have none."
@@ -662,12 +737,14 @@ def report(results: Path, out: Path | None) -> None:
     show_default=True,
     metavar="NAME[,NAME…]",
     help="Whose networks, untrained.",
+    shell_complete=completion.defenses,
 )
 @click.option(
     "--dataset",
     default="digits",
     show_default=True,
     help="Whose images. Of cifar10, cifar100 and svhn no file is needed: noise stands for them.",
+    shell_complete=completion.dataset,
 )
 @click.option(
     "--recipe",
@@ -719,28 +796,54 @@ def speed(
 @click.option(
     "--plugin", type=click.Path(path_type=Path), metavar="FILE.py", help="A file that registers defenses."
 )
+@click.option(
+    "--results",
+    type=click.Path(path_type=Path),
+    default=Path("results"),
+    show_default=True,
+    metavar="DIR",
+    help="Where it is looked up what is trained.",
+)
 @click.option("--json", "as_json", is_flag=True)
-def list_(what: str | None, plugin: Path | None, as_json: bool) -> None:
-    """Print the names there are."""
-    from bench import data, protocol, registry
+def list_(what: str | None, plugin: Path | None, results: Path, as_json: bool) -> None:
+    """Print the names there are; of defenses alone their kind, paper, cost, and whether they are trained here.
+
+    The cost is that of the recipe `fast`: forward-backward passes for each training image, and multiply-adds of a pass
+    on CIFAR-10, in billions.
+    """
+    from bench import listing, registry
 
     if plugin is not None:
         registry.load_plugin(plugin)
-    known = {
-        "defenses": {name: entry.summary for name, entry in registry.entries().items()},
-        "datasets": data.names(),
-        "protocols": protocol.names(),
-        "attacks": protocol.ATTACKS,
-    }
-    chosen = {what: known[what]} if what else known
-    if as_json:
-        click.echo(json.dumps(chosen, indent=2, ensure_ascii=False))
-        return
-    for kind, names in chosen.items():
-        click.echo(f"{kind}:" if what is None else "", nl=what is None)
-        for name, about in names.items():
-            shown = name + "NAME" if name.endswith(":") else name
-            click.echo(f"  {shown:18} {about}")
+    known = listing.everything(what, results)
+    click.echo(json.dumps(known, indent=2, ensure_ascii=False) if as_json else listing.as_text(what, known))
+
+
+@commands.command()
+@click.option("--data-dir", type=click.Path(path_type=Path), help="Where the datasets' files are.")
+@click.option(
+    "--results", type=click.Path(path_type=Path), default=Path("results"), show_default=True, metavar="DIR"
+)
+@click.option("--json", "as_json", is_flag=True)
+def doctor(data_dir: Path | None, results: Path, as_json: bool) -> None:
+    """Say what this machine has, where data, checkpoints and results are, and what would make it faster."""
+    from bench import doctor as doctors
+
+    health = doctors.examine(results, data_dir)
+    click.echo(json.dumps(health.as_json(), indent=2) if as_json else doctors.as_text(health))
+
+
+@commands.command("completion")
+@click.argument("shell", type=click.Choice(["bash", "zsh", "fish"]))
+def completion_(shell: str) -> None:
+    """Print what makes a shell complete commands, options and names.
+
+    \b
+    eval "$(bench completion bash)"                                in ~/.bashrc
+    eval "$(bench completion zsh)"                                 in ~/.zshrc
+    bench completion fish > ~/.config/fish/completions/bench.fish
+    """
+    click.echo(completion.script(commands, shell))
 
 
 def _arguments(defense: str | None, settings: tuple[str, ...], yes: bool, **others: Any) -> dict[str, Any]:

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from bench.errors import UnknownName, UsageError
+from bench.errors import UnknownName, UsageError, meant
 from bench.long import Group, groups
 from bench.record import read_all
 from bench.stats import images_needed
@@ -171,7 +171,10 @@ def needed_between(
     there = [group for group in found if (group.dataset, group.protocol) == (dataset, protocol)]
     if not there:
         known = dict.fromkeys(f"--dataset {group.dataset} --protocol {group.protocol}" for group in found)
-        raise UsageError(f"no runs of {protocol} on {dataset}; there are {', '.join(known) or 'none at all'}")
+        near = meant(protocol, {group.protocol for group in found}) if found else ""
+        raise UsageError(
+            f"no runs of {protocol} on {dataset}; there are {', '.join(known) or 'none at all'}{near}"
+        )
     pair = [one(there, name) for name in defenses]
     why = untestable(*pair)
     if why:

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Annotated, Any, TypeVar
 
 import pydantic
 import pydantic.dataclasses
 from typing_extensions import dataclass_transform
 
-from bench.errors import UsageError
+from bench.errors import UsageError, meant
 
 T = TypeVar("T")
 
@@ -56,13 +56,13 @@ def config(cls: type[T]) -> type[T]:
     return pydantic.dataclasses.dataclass(frozen=True, kw_only=True, config={"extra": "forbid"})(cls)  # type: ignore[return-value]
 
 
-def complaint(error: pydantic.ValidationError) -> str:
-    """The first fault of a validation, in one line: field, what was given, what was expected."""
+def complaint(error: pydantic.ValidationError, known: Iterable[str] = ()) -> str:
+    """The first fault of a validation, in one line: field, what was given, what was expected; `known` are fields there are."""
     first = error.errors()[0]
     field = ".".join(str(part) for part in first["loc"]) or "value"
     message = first["msg"].removeprefix("Value error, ")
     if first["type"] in ("unexpected_keyword_argument", "extra_forbidden"):
-        return f"{field}: no such setting"
+        return f"{field}: no such setting{meant(str(first['loc'][-1]), known)}"
     given = repr(first.get("input"))
     given = given if len(given) <= 80 else f"{given[:77]}…"
     said = first["type"] == "value_error" and given in message
@@ -79,7 +79,7 @@ def replaced(settings: T, overrides: Mapping[str, object]) -> T:
     values = {name: getattr(settings, name) for name in known}
     for name, value in overrides.items():
         if name not in known:
-            raise UsageError(f"no setting named {name!r}; there are: {', '.join(known)}")
+            raise UsageError(f"no setting named {name!r}; there are: {', '.join(known)}{meant(name, known)}")
         values[name] = _read(value) if isinstance(value, str) else value
     try:
         return type(settings)(**values)

@@ -32,13 +32,25 @@ class UsageError(BenchError):
     """An argument, a setting or a file of the user's is not what it must be."""
 
 
+def nearest(given: str, known: Iterable[str]) -> str | None:
+    """The name that was probably meant; None where none is near."""
+    near = difflib.get_close_matches(given, sorted(known), n=1, cutoff=0.5)
+    return near[0] if near else None
+
+
+def meant(given: str, known: Iterable[str]) -> str:
+    """`; did you mean …?`, to end a sentence that has told all there is; nothing where no name is near."""
+    near = nearest(given, known)
+    return f"; did you mean {near!r}?" if near else ""
+
+
 class UnknownName(UsageError):
     """Nothing is registered under this name."""
 
     def __init__(self, kind: str, given: str, known: Iterable[str], hint: str = "") -> None:
         known = sorted(known)
-        near = difflib.get_close_matches(given, known, n=1, cutoff=0.5)
-        advice = f"did you mean {near[0]!r}?" if near else f"known: {', '.join(known)}"
+        near = nearest(given, known)
+        advice = f"did you mean {near!r}?" if near else f"known: {', '.join(known)}"
         super().__init__(f"no {kind} named {given!r}; {advice}{hint}")
 
 

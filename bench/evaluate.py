@@ -77,6 +77,8 @@ class Evaluator:
         self.model = model.to(device).eval().requires_grad_(False)
         self.classes, self.split, self.seed, self.success = classes, split, seed, success
         self.device, self.precision = torch.device(device), precision
+        #: told of each program before it is run, with what the batch has come to so far
+        self.begins: Callable[[Program, Batch], None] = lambda program, batch: None
         self.surrogates = {
             name: one.to(device).eval().requires_grad_(False) for name, one in (surrogates or {}).items()
         }
@@ -185,7 +187,7 @@ class Evaluator:
         return (low if self.success == "last" else forward), high
 
     def run(self, programs: Sequence[Program], index: np.ndarray) -> Batch:
-        """Every program on the images at these dataset positions.
+        """Every program on the images at these dataset positions; `begins` is told of each before it is run.
 
         Raises:
             VoidRun: a non-finite logit or gradient, or an illegal perturbation; names image, column and cause.
@@ -198,6 +200,7 @@ class Evaluator:
         found = None if radius is None else Found(x)
         with exact_arithmetic():
             for program in sorted(programs, key=lambda program: program.first.family == EIGHT_BIT):
+                self.begins(program, batch)
                 cost, started = Cost(), time.perf_counter()
                 address = (self.seed, "judge", program.name, int(index[0])) if self.draws else None
                 judge = Judge(self.model, self.classes, cost, seed=address, at_once=self.judged_at_once)

@@ -43,6 +43,7 @@ from bench.provenance import weights_hash, where
 from bench.record import Asked, ProgramRecord, Record
 from bench.session import Job, Session, prepare, samples_of
 from bench.train import paces
+from bench.under_way import UnderWay
 from bench.weights import Weights, build, charging, naming_defense, precision_of, stages, weigh
 
 if TYPE_CHECKING:
@@ -255,7 +256,7 @@ def evaluate(session: Session, job: Job, seed: int, weights: Weights, protocol: 
         parts = Parts(folder / "parts")
         with naming_defense(job):
             evaluator.prepare(programs, n, session.batch_size)
-            _attack_all(evaluator, programs, parts, n, session, f"{job.name}: {protocol.name}")
+            _attack_all(evaluator, programs, parts, n, session, f"attacking {job.name}, {protocol.name}")
             evaluator.unchanged()
     except VoidRun as error:
         why = Finding(code=error.code, severity="blocks", evidence=str(error), advice=VOID)
@@ -344,7 +345,7 @@ def _confirm(session: Session, job: Job, weights: Weights, evaluator: Evaluator)
     if loaded is None or loaded.clean is None or weights.confirmed:
         return
     right = 0.0
-    with naming_defense(job), progress(f"{job.name}: clean accuracy", n, quiet=session.quiet) as meter:
+    with naming_defense(job), progress(f"clean accuracy of {job.name}", n, quiet=session.quiet) as meter:
         for start in range(0, n, session.batch_size):
             index = np.arange(start, min(start + session.batch_size, n))
             right += evaluator.clean_accuracy(index, session.batch_size) * len(index)
@@ -360,10 +361,12 @@ def _attack_all(
     left = np.setdiff1d(np.arange(n), parts.done())
     try:
         with terminable(), progress(what, n, done=n - len(left), quiet=session.quiet) as meter:
+            under_way = UnderWay(meter, programs)
+            evaluator.begins = under_way.begins
             for start in range(0, len(left), session.batch_size):
                 batch = evaluator.run(programs, left[start : start + session.batch_size])
                 parts.add(batch)
-                meter.advance(len(batch.index))
+                under_way.ends(batch)
     except KeyboardInterrupt:
         kept = len(parts.done())
         raise Interrupted(

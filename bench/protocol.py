@@ -388,6 +388,12 @@ class Protocol(BaseModel):
         )
 
 
+#: what a protocol's file may say, of itself and of a column
+FIELDS = [
+    field.alias or name for model in (Protocol, ColumnSpec) for name, field in model.model_fields.items()
+]
+
+
 def load(name: str) -> Protocol:
     """The protocol of that name, or of that TOML file.
 
@@ -413,7 +419,7 @@ def load(name: str) -> Protocol:
         raise ProtocolError(f"{path.name} is not TOML: {error}") from None
     except pydantic.ValidationError as error:
         raise ProtocolError(
-            f"{path.name}{_line(text, error.errors()[0]['loc'])}: {complaint(error)}"
+            f"{path.name}{_line(text, error.errors()[0]['loc'])}: {complaint(error, FIELDS)}"
         ) from None
 
 

@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import pydantic
 from pydantic import BaseModel, ConfigDict
 
-from bench.errors import UsageError
+from bench.errors import UsageError, meant
 from bench.finding import Finding, Verdict, verdict
 
 if TYPE_CHECKING:
@@ -313,7 +313,14 @@ def find(results: Path, run: str) -> Path:
         if shown
         else "; `bench run` makes some"
     )
-    raise UsageError(f"{'several runs fit' if fits else 'no run fits'} {run!r} in {str(results)!r}{known}")
+    near = (
+        ""
+        if fits
+        else meant(run, {part for path in folders for part in path.relative_to(results / "runs").parts})
+    )
+    raise UsageError(
+        f"{'several runs fit' if fits else 'no run fits'} {run!r} in {str(results)!r}{known}{near}"
+    )
 
 
 def read_void(path: Path) -> Void | None:

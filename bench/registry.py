@@ -21,7 +21,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from bench.errors import DuplicateName, PluginError, UnknownName, UsageError
+from bench.errors import DuplicateName, PluginError, UnknownName, UsageError, meant
 
 if TYPE_CHECKING:
     from bench.defense import Defense
@@ -29,10 +29,16 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 
 PACKAGES = ("defenses", "baselines")
+#: what is in a package, where a file does not say of which kind it is
+KINDS = {"baselines": "plain network"}
 ENTRY_POINTS = "bench.defenses"
 
 #: what a name may be: it is typed in lists that commas separate, and a colon ends a family
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._+-]*:?")
+#: a paper as docstrings name it
+_PAPER = re.compile(r"arXiv[ :]\d{4}\.\d{4,5}|openreview\.net[ /](?:forum\?id=)?[\w-]+")
+#: facts that have a line of their own in docstrings
+_FACT = {name: re.compile(rf"^{name.title()}: (.+?)\.?$", re.MULTILINE) for name in ("kind", "cost")}
 
 
 @dataclass(frozen=True)
@@ -55,6 +61,12 @@ class Entry:
     name: str
     summary: str
     module: str
+    kind: str = ""
+    """what its docstring, or that of its file, says after `Kind:`"""
+    paper: str = ""
+    """the first paper that they name"""
+    cost: str = ""
+    """what training by the recipe `fast` takes: after `Cost:`"""
 
 
 def register(name: str) -> Callable[[T], T]:
@@ -78,7 +90,9 @@ def register(name: str) -> Callable[[T], T]:
 
     def add(thing: T) -> T:
         owner = _registered[name].owner if name in _registered else _claimed_elsewhere(name, module)
-        if owner is not None:
+        # whoever runs a cell of a notebook again means the new one
+        again = owner == module == "__main__" and hasattr(sys, "ps1")
+        if owner is not None and not again:
             raise DuplicateName(f"{name!r} is registered by {_shown(owner)} already; choose another name")
         _registered[name] = _Registered(thing, module)
         return thing
@@ -96,13 +110,14 @@ def entries() -> dict[str, Entry]:
     found: dict[str, Entry] = {}
     for package in PACKAGES:
         for file in _files(package):
-            for name, summary in _scan(file):
+            for name, told in _scan(file):
                 module = f"{package}.{file.stem}"
                 if name in found:
                     raise DuplicateName(
                         f"{name!r} is registered by {found[name].module} and by {module}; rename one"
                     )
-                found[name] = Entry(name, summary, module)
+                kind = told.pop("kind") or KINDS.get(package, "")
+                found[name] = Entry(name, module=module, kind=kind, **told)
     for point in importlib.metadata.entry_points(group=ENTRY_POINTS):
         if point.name in found:
             raise DuplicateName(
@@ -111,7 +126,8 @@ def entries() -> dict[str, Entry]:
         found[point.name] = Entry(point.name, f"from {point.value}", point.value)
     for name, one in _registered.items():
         if name not in found:
-            found[name] = Entry(name, _first_line(inspect.getdoc(one.thing)), one.owner)
+            whole = getattr(sys.modules.get(one.owner), "__doc__", None)
+            found[name] = Entry(name, module=one.owner, **_told(inspect.getdoc(one.thing), whole))
     return found
 
 
@@ -172,6 +188,7 @@ def load_plugin(path: str | Path) -> None:
     if not file.is_file():
         raise PluginError(
             f"no plugin file {str(path)!r}; give the path of a Python file that uses @bench.register"
+            + meant(file.name, [other.name for other in file.parent.glob("*.py")])
         )
     try:
         source = file.read_bytes()
@@ -282,13 +299,15 @@ def _callable(module: str, attribute: str, name: str) -> Any:
     except PluginError as error:
         missing = error.__cause__
         if isinstance(missing, ModuleNotFoundError) and f"{module}.".startswith(f"{missing.name}."):
-            families = ", ".join(n + "NAME" for n in entries() if n.endswith(":"))
+            families = [n for n in entries() if n.endswith(":")]
             raise UsageError(
-                f"no module named {module!r} for the defense {name!r}; MODULE:FUNCTION must be importable ({families} also exist)"
+                f"no module named {module!r} for the defense {name!r}; MODULE:FUNCTION must be importable "
+                f"({', '.join(n + 'NAME' for n in families)} also exist){meant(f'{module}:', families)}"
             ) from None
         raise
     if not hasattr(found, attribute):
-        raise UsageError(f"module {module!r} has no {attribute!r}")
+        public = [name for name in vars(found) if not name.startswith("_")]
+        raise UsageError(f"module {module!r} has no {attribute!r}{meant(attribute, public)}")
     return getattr(found, attribute)
 
 
@@ -318,11 +337,10 @@ def _files(package: str) -> list[Path]:
     return sorted(file for place in spec.submodule_search_locations for file in Path(place).glob("[!_]*.py"))
 
 
-def _scan(file: Path) -> list[tuple[str, str]]:
-    """The literal names that a file registers at its top level, with the first line of each one's docstring."""
+def _scan(file: Path) -> list[tuple[str, dict[str, str]]]:
+    """The literal names that a file registers at its top level, each with what docstrings tell of it."""
     with _blaming(str(file), str(file)):
         tree = ast.parse(file.read_bytes(), filename=str(file))
-    about_file = _first_line(ast.get_docstring(tree))
     found = []
     for node in tree.body:
         if not isinstance(node, (ast.ClassDef, ast.FunctionDef)):
@@ -333,8 +351,17 @@ def _scan(file: Path) -> list[tuple[str, str]]:
                     func=ast.Name(id="register") | ast.Attribute(attr="register"),
                     args=[ast.Constant(value=str(name))],
                 ):
-                    found.append((name, _first_line(ast.get_docstring(node)) or about_file))
+                    found.append((name, _told(ast.get_docstring(node), ast.get_docstring(tree))))
     return found
+
+
+def _told(own: str | None, file: str | None) -> dict[str, str]:
+    """Summary, kind, paper and cost, from a defense's docstring where it tells, else from that of its file."""
+    told = {"summary": _first_line(own) or _first_line(file)}
+    for name, pattern in {"paper": _PAPER, **_FACT}.items():
+        found = pattern.search(own or "") or pattern.search(file or "")
+        told[name] = found[found.re.groups] if found else ""
+    return told
 
 
 def _first_line(text: str | None) -> str:

@@ -16,7 +16,7 @@ from bench import registry
 from bench.config import number, replaced
 from bench.data import Dataset
 from bench.defense import Defense
-from bench.errors import UsageError
+from bench.errors import UsageError, meant
 from bench.fast import Precision
 from bench.protocol import Protocol
 from bench.threat import threat_model
@@ -129,7 +129,9 @@ def prepare(
     if checkpoint is not None and len(kinds) > 1:
         raise UsageError(f"one checkpoint for {len(kinds)} defenses; give --defense one name")
     if weights not in (None, "best", "last"):
-        raise UsageError(f"no weights {weights!r}; choose best or last")
+        raise UsageError(
+            f"no weights {weights!r}; choose best or last{meant(str(weights), ('best', 'last'))}"
+        )
     if checkpoint is not None and weights is not None:
         raise UsageError("--weights chooses between two networks of a training; a checkpoint is one")
     if seeds < 1 or seed < 0:
@@ -191,7 +193,7 @@ def _job(name: str, kind: type[Defense[Any]], recipe: str, settings: Mapping[str
             if kind.recipes
             else "it needs recipes = {'tiny': Config(), ...}"
         )
-        raise UsageError(f"{name!r} has no recipe {recipe!r}; {there}")
+        raise UsageError(f"{name!r} has no recipe {recipe!r}; {there}{meant(recipe, kind.recipes)}")
     try:
         return Job(name, kind, recipe, replaced(kind.recipes[recipe], settings))
     except UsageError as error:
@@ -223,9 +225,15 @@ def _device(name: str) -> torch.device:
     try:
         device = torch.device(name)
     except RuntimeError:
-        raise UsageError(f"no device {name!r}; choose auto, cpu, cuda or cuda:0") from None
+        raise _no_device(name) from None
     if device.type not in BATCH_SIZE:
-        raise UsageError(f"no device {name!r}; choose auto, cpu, cuda or cuda:0")
+        raise _no_device(name)
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
         raise UsageError(f"device {name!r} is not there; this machine has {torch.cuda.device_count()} GPUs")
     return device
+
+
+def _no_device(name: str) -> UsageError:
+    return UsageError(
+        f"no device {name!r}; choose auto, cpu, cuda or cuda:0{meant(name, ('auto', 'cpu', 'cuda', 'cuda:0'))}"
+    )

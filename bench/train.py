@@ -205,7 +205,8 @@ class Loop:
         """One stage, from the epoch and step where the state stands to its end."""
         stage, state = self.stages[number], self.state
         part = Part(self, number, stage)
-        with progress(f"{self.name}: {stage.name}", part.total, done=part.done, quiet=self.quiet) as meter:
+        what = f"training {self.name}, {stage.name}"
+        with progress(what, part.total, done=part.done, images=stage.batch_size, quiet=self.quiet) as meter:
             for epoch in range(state.epoch, stage.epochs):
                 part.learn(epoch, meter)
                 part.look(epoch, meter)
@@ -272,7 +273,7 @@ class Part:
                 value = self.step(epoch, step, order[step * size : (step + 1) * size])
                 state.loss += value
                 state.step = step + 1
-                meter.advance(note=f"loss {value:.3f}")
+                meter.advance(note=f"epoch {epoch + 1} of {self.stage.epochs}, loss {value:.3f}")
                 if loop.stop.is_set() and state.step < self.batches:
                     state.epoch = epoch
                     loop.save(self)

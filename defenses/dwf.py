@@ -10,6 +10,8 @@ a PGD copy of them, both crafted against the whole mixture, with plain cross-ent
 
     N = 9 ↔ `benign + fgsm + pgd`      U{…} of eps ↔ `fgsm_eps`      U{…} of k ↔ `pgd_steps`      g ↔ `gate`
 
+Kind: soft mixture.
+Cost: 180 passes of 5 G.
 Reported: CIFAR-10, ResNet-18 experts: Table 3 (`bench table --published`); 240 GPU-hours on two H100.
 Expect: digits with the recipe `tiny`, two CPU cores, about a minute: see the README's table.
 Differs:

@@ -8,6 +8,8 @@ their program at commit c42cac2.
 
     m ↔ `replays`      d ↔ `memory["d"]`, handed on from batch to batch      eps ↔ `eps`, as a step too: `step_size`
 
+Kind: adversarial training.
+Cost: 80 passes of 0.56 G.
 Reported: CIFAR-10, L∞ 8/255, WRN-32-10 with m = 8: clean 85.96 %, PGD-100 46.19 %; m = 4: 87.83 and 40.35 %; m = 10:
     83.94 and 45.79 % (code).
 Expect: digits with the recipe `tiny`, one CPU core, about a minute: as many passes as PGD-AT's. One pass a replay: epochs

@@ -14,6 +14,8 @@ what PGD finds against the whole mixture in each of those balls:
 
 It is the frozen relative of DWF: the same sum over logits, with a larger gate in front of experts that stay what they are.
 
+Kind: soft mixture.
+Cost: 350 passes of 3.3 G.
 Reported: no figure was readable to us. Those of the program would not be robust accuracies: it trains and evaluates the
     gate on images crafted against a ResNet-18 that was never trained, and clips them to [0,1] after normalisation.
 Expect: digits with the recipe `tiny`, one CPU core, little over a minute; on training images that were held out, clean

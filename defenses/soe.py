@@ -24,6 +24,8 @@ against F, the mean over the batch's images of
 The selection has no gradient: PGD is shown the answering sub-model alone, and where the answer passes to another it
 turns about. So a flat line over its steps is no sign of robustness; `--protocol adaptive` attacks the selection too.
 
+Kind: hard mixture.
+Cost: 750 passes of 1.7 G.
 Reported: CIFAR-10, three ResNet-20, radii up to 0.04: figures not readable to us. Retrained with ResNet-18:
     clean 81.69 %, PGD-50 62.31 % at a radius that is not printed (Divided We Fall, arXiv 2512.20821, Table 3).
 Expect: digits with the recipe `tiny`, one CPU core, under a minute, and several points less under the attacks on the

@@ -24,6 +24,8 @@ is the one that is taken. Asking all routes takes Eᴸ passes of the last stage.
 convolutions of four experts), or k > 1, the network does not pose as a mixture and PGD and AutoAttack are all there is;
 prefer `where="layer4.1"`, of which one block or two convolutions are sparse.
 
+Kind: hard mixture.
+Cost: 240 passes of 0.56 G.
 Reported: CIFAR-100, ResNet-18, 8/255, from the plotting script (code), clean / PGD-20 / AutoPGD in %: dense 52.14 /
     16.87 / 17.99; blocks, entropy, linear router 51.76 / 19.75 / 22.31; blocks, switch 51.36 / 22.69 / 21.22;
     convolutions, entropy 50.96 / 25.03 / 24.03. AutoPGD above PGD-20 there means that it ran weaker than it should, so

@@ -4,6 +4,7 @@ import hashlib
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -122,11 +123,20 @@ FINE = [
 
 
 def test_help_is_one_page_with_every_command(call):
-    for words in ([], ["--help"], ["-h"]):
+    for words in (["--help"], ["-h"]):
         code, out, err = call(*words)
         assert code == 0 and err == ""
         for command in ("run", "train", "table", "plot", "list"):
             assert re.search(rf"^  {command} ", out, re.MULTILINE)
+
+
+def test_bench_alone_says_five_lines_each_with_a_command_that_exists(call):
+    code, out, err = call()
+    lines = out.splitlines()
+    assert (code, err, len(lines)) == (0, "", 5)
+    for line in lines:
+        command, _ = re.split("  +", line)
+        assert call(*command.split()[1:], "--help")[0] == 0, command
 
 
 def test_the_version_is_the_packages(call):
@@ -134,7 +144,17 @@ def test_the_version_is_the_packages(call):
 
 
 @pytest.mark.parametrize(
-    "words", [["--help"], ["run", "--help"], ["--version"], ["list"], ["list", "--json"]]
+    "words",
+    [
+        [],
+        ["--help"],
+        ["run", "--help"],
+        ["--version"],
+        ["list"],
+        ["list", "defenses"],
+        ["list", "--json"],
+        ["completion", "bash"],
+    ],
 )
 def test_what_needs_no_model_imports_no_torch(words):
     heavy = ("torch", "torchvision", "timm", "pandas", "pyarrow", "matplotlib", "scipy", "sklearn")
@@ -169,6 +189,24 @@ def test_list_of_one_kind_has_no_headings(call):
 def test_list_shows_what_a_plugin_registers(call):
     _, out, _ = call("list", "defenses", "--plugin", "plugin.py", "--json")
     assert "fine" in json.loads(out)["defenses"]
+
+
+def test_a_list_of_defenses_says_what_is_trained_here(call, place):
+    folder = place / "results" / "checkpoints" / "digits" / "dwf" / "tiny-0a"
+    folder.mkdir(parents=True)
+    (folder / "model.safetensors").touch()
+    try:
+        assert re.search(r"^  dwf  .*  digits \(tiny\)$", call("list", "defenses")[1], re.MULTILINE)
+        assert json.loads(call("list", "--json")[1])["defenses"]["dwf"]["trained"] == ["digits (tiny)"]
+        assert "digits (tiny)" not in call("list", "defenses", "--results", "elsewhere")[1]
+    finally:
+        shutil.rmtree(place / "results" / "checkpoints")
+
+
+def test_the_doctor_speaks_in_words_or_in_json(call):
+    code, out, err = call("doctor")
+    assert (code, err) == (0, "") and out.startswith("machine ") and "what would help:" in out
+    assert json.loads(call("doctor", "--json")[1])["runs"]["there"]
 
 
 def test_a_run_prints_its_table_and_nothing_else(call):
@@ -236,6 +274,12 @@ def test_training_prints_where_the_weights_are(call, monkeypatch):
         (["--attack", "pdg"], "no attack named 'pdg'; did you mean 'pgd'"),
         (["--attack", "pgd"], "pgd needs steps"),
         (["--recipe", "huge"], "'fine' has no recipe 'huge'; it has tiny, fast, paper"),
+        (["--recipe", "tyni"], "'fine' has no recipe 'tyni'; .*; did you mean 'tiny'"),
+        (["--device", "cdua"], "no device 'cdua'; .*; did you mean 'cuda'"),
+        (["--precision", "pf16"], "'pf16' is not one of .*; did you mean 'bf16'"),
+        (["--protocl", "quick"], "No such option.*--protocl.*--protocol"),
+        (["--defense", "timm:resnet81"], "timm has no model named 'resnet81'; did you mean 'timm:resnet18'"),
+        (["--defense", "os:getcdw"], "module 'os' has no 'getcdw'; did you mean 'getcwd'"),
         (["--recipe", ""], "'fine' has no recipe ''; it has tiny, fast, paper"),
         (
             ["--defense", "rter", "--recipe", "huge"],
@@ -268,6 +312,8 @@ def test_training_prints_where_the_weights_are(call, monkeypatch):
             "one checkpoint for 2 defenses; give --defense one name",
         ),
         (["--plugin", "nowhere.py"], "no plugin file 'nowhere.py'"),
+        (["--plugin", "plugins.py"], "no plugin file 'plugins.py'.*; did you mean 'plugin.py'"),
+        (["--defense", "tim:resnet18"], "no module named 'tim'.*; did you mean 'timm:'"),
         (["--results", "one.toml"], "cannot write the results folder 'one.toml': File exists"),
         (["--results", "one.toml/x"], "cannot write the results folder 'one.toml/x': Not a directory"),
         (["--nonsense"], r"No such option.*--nonsense.*try `bench run --help`"),
@@ -289,6 +335,20 @@ def test_what_is_asked_wrongly_is_one_line(refused, words, said):
         (["plot", "--results", "nowhere"], "no results folder 'nowhere'"),
         (["plot"], "no finished dwf-paper or sweep runs in 'results'"),
         (["list", "models"], "'models' is not one of 'defenses'"),
+        (["list", "defense"], "'defense' is not one of .*; did you mean 'defenses'"),
+        (["table", "--format", "latx"], "'latx' is not one of .*; did you mean 'latex'"),
+        (["completion", "bsh"], "'bsh' is not one of .*; did you mean 'bash'"),
+        (["rnu"], "did you mean 'run'|Did you mean 'run'"),
+        (
+            ["power", "--defense", "fine,fine", "--protocol", "oen"],
+            "no runs of oen on digits; .*; did you mean 'one'",
+        ),
+        (["audit", "fien"], "no run fits 'fien' .*; did you mean 'fine'"),
+        (["table", "--compare-to", "fien"], "no defense named 'fien'; did you mean 'fine'"),
+        (
+            ["train", "--defense", "resnet18", "--set", "epoch=1"],
+            "no setting named 'epoch'.*; did you mean 'epochs'",
+        ),
         (["list", "--plugin", "nowhere.py"], "no plugin file 'nowhere.py'"),
         (
             ["train", "--plugin", "plugin.py", "--defense", "fine"],

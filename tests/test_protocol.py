@@ -64,7 +64,7 @@ FAULTS = {
     "no columns": ('name="mine"\n', "column: Field required"),
     "unknown field": (
         'name="mine"\nsucces="any"\n[[column]]\nattack="fgsm"\n',
-        "line 2: succes: no such setting",
+        "line 2: succes: no such setting; did you mean 'success'",
     ),
     "unknown attack": ('name="mine"\n\n[[column]]\nattack="pdg"\nsteps=3\n', "line 4: .*did you mean 'pgd'"),
     "bad success": ('name="mine"\nsuccess="best"\n[[column]]\nattack="fgsm"\n', "line 2: success"),

@@ -460,3 +460,21 @@ def test_a_plugin_must_be_a_python_file(tmp_path, make):
         PluginError, match="no plugin file .*plugin.py|is not a Python file; plugins end in .py"
     ):
         registry.load_plugin(file)
+
+
+@pytest.mark.parametrize("interactive", [True, False])
+def test_a_cell_of_a_notebook_may_be_run_again_and_a_program_may_not_name_twice(monkeypatch, interactive):
+    monkeypatch.setattr(registry, "_registered", {})
+    if interactive:
+        monkeypatch.setattr(sys, "ps1", "In : ", raising=False)
+    else:
+        monkeypatch.delattr(sys, "ps1", raising=False)
+    cell = "from bench.registry import register\n@register('again')\ndef again(data): ...\n"
+    first, second = {"__name__": "__main__"}, {"__name__": "__main__"}
+    exec(cell, first)
+    if interactive:
+        exec(cell, second)
+        assert registry._registered["again"].thing is second["again"]
+    else:
+        with pytest.raises(DuplicateName, match="'again' is registered by __main__"):
+            exec(cell, second)

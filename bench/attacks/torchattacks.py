@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from bench.errors import UsageError
+from bench.errors import UsageError, meant
 from bench.model import evaluating
 from bench.rng import Rng
 from bench.threat import ThreatModel
@@ -63,7 +63,9 @@ def attack_class(name: str) -> Any:
             else []
         )
         raise UsageError(
-            f"torchattacks has no attack named {name!r}" + (f"; it has {', '.join(known)}" if known else "")
+            f"torchattacks has no attack named {name!r}"
+            + (f"; it has {', '.join(known)}" if known else "")
+            + meant(name, known)
         )
     return kind
 
