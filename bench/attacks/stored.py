@@ -61,7 +61,8 @@ def digest(path: str | Path) -> str:
 
 
 def _array(file: Path) -> Tensor:
-    with np.load(file, allow_pickle=False) as arrays:
+    # opened here: numpy leaves open what it cannot read
+    with file.open("rb") as raw, np.load(raw, allow_pickle=False) as arrays:
         name = next(name for name in (*NAMES, "") if name in arrays or not name)
         return torch.from_numpy(np.ascontiguousarray(arrays[name]))
 

@@ -137,7 +137,8 @@ def _opened(path: Path) -> Iterator[NpzFile]:
     try:
         if not zipfile.is_zipfile(path):
             raise DataError(f"{path} is no npz archive, or was cut short; write it again with numpy.savez")
-        with np.load(path, allow_pickle=False) as file:
+        # opened here: numpy leaves open what it cannot read
+        with path.open("rb") as raw, np.load(raw, allow_pickle=False) as file:
             for key in ("images", "labels"):
                 if f"{key}.npy" not in file.zip.namelist():
                     found = ", ".join(file.files) or "nothing"
