@@ -497,6 +497,16 @@ def writable(results: Path) -> None:
 
 
 def safe(name: str) -> str:
-    """A name as one folder name: `npz:my/dir` must not climb."""
+    """A name as one folder name: `npz:my/dir` must not climb, and file systems take no more than 255 bytes."""
     kept = "".join(c if c.isalnum() or c in "-_.+" else "_" for c in name).strip(".")
-    return kept if kept == name else f"{kept}-{hashlib.sha256(name.encode()).hexdigest()[:6]}"
+    if len(kept.encode()) > LONGEST:
+        kept = kept.encode()[:LONGEST].decode(errors="ignore")
+    return (
+        kept
+        if kept == name
+        else f"{kept}-{hashlib.sha256(name.encode(errors='surrogatepass')).hexdigest()[:6]}"
+    )
+
+
+#: bytes of a name; a hash, a key and what marks a file as under way come on top
+LONGEST = 150
