@@ -62,6 +62,13 @@ class Asked(BaseModel):
     code: str = ""
     """hash of the file that defines the defense, blind to comments; empty where there is no file"""
 
+    @pydantic.field_validator("protocol")
+    @classmethod
+    def _named(cls, protocol: dict[str, Any]) -> dict[str, Any]:
+        if not isinstance(protocol.get("name"), str):
+            raise ValueError("a protocol has a name")
+        return protocol
+
     @property
     def key(self) -> str:
         """Twelve hex digits of the hash of all of it."""

@@ -247,14 +247,16 @@ def test_thousands_of_records_with_any_value_anywhere_are_taken_or_refused(files
     _record_survives(files, data)
 
 
+CONFIG = next(iter(registry.get("resnet20").recipes.values()))
+
+
 @settings(max_examples=150, **STEADY)
 @given(
     field=st.sampled_from(["width", "epochs", "lr", "source", "mean", "none"]),
     value=st.text(max_size=20) | JSON.map(json.dumps),
 )
 def test_any_setting_is_taken_or_refused(field, value):
-    defense = registry.get("resnet20")
-    hostile.told(lambda: replaced(next(iter(defense.recipes.values())), {field: value}))
+    hostile.told(lambda: replaced(CONFIG, {field: value}))
 
 
 # --- what is typed
@@ -491,6 +493,7 @@ def test_a_safetensors_tensor_of_terabytes_is_refused(files):
 @pytest.mark.parametrize(
     "name", ["../../../escaped", "/etc/escaped", "..", "a/../../b", "C:\\escaped", ".", "x\0y", "x" * 300]
 )
+@pytest.mark.filterwarnings("ignore:Glyph")
 def test_a_path_in_a_name_stays_in_the_results_folder(tmp_path, name):
     results = tmp_path / "deep" / "results"
     run = made_up.run(results, n=10, defense=name, dataset=name, protocol="dwf-paper")
@@ -579,7 +582,8 @@ def test_no_command_reaches_for_the_network_unless_a_download_is_asked_for(tmp_p
     monkeypatch.setattr(socket, "create_connection", refuse)
     monkeypatch.setattr(socket, "getaddrinfo", refuse)
     monkeypatch.chdir(tmp_path)
-    made_up.run(tmp_path / "results", n=10)
+    asked = {"name": "dwf-paper", "norm": "Linf", "eps": 0.1, "success": "last"}
+    made_up.run(tmp_path / "results", n=10, protocol=asked)
     for words in (
         ["list"],
         ["table"],

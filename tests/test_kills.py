@@ -2,6 +2,7 @@
 
 import hashlib
 import io
+import multiprocessing
 import os
 import random
 import shutil
@@ -14,6 +15,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from bench.cli import main
 from bench.errors import UsageError
 from bench.record import atomic, read_all
 
@@ -79,22 +81,48 @@ def place(tmp_path):
     return tmp_path
 
 
-def begun(place, words, slow=0.0):
-    environment = {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "SLOW": str(slow)}
-    return subprocess.Popen(
-        [sys.executable, "-m", "bench", *map(str, words)],
-        cwd=place,
-        env=os.environ | environment,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
+#: children are forked from a process that has imported everything, so that what is hit is the work and not the imports
+FORKED = multiprocessing.get_context("forkserver")
+FORKED.set_forkserver_preload(
+    ["bench.cli", "bench.pipeline", "bench.plot", "bench.table", "sklearn.datasets", "test_kills"]
+)
+
+
+def _bench(place, words, slow):
+    os.chdir(place)
+    os.environ["SLOW"] = str(slow)
+    for name, number in (("out.txt", 1), ("err.txt", 2)):
+        os.dup2(os.open(name, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), number)
+    torch.set_num_threads(1)
+    sys.argv = ["bench", *map(str, words)]
+    main()
+
+
+class Bench:
+    """`bench` in a process of its own, on its way."""
+
+    def __init__(self, place, words, slow=0.0):
+        self.place = place
+        self.process = FORKED.Process(target=_bench, args=(place, words, slow))
+        self.process.start()
+
+    @property
+    def running(self):
+        return self.process.is_alive()
+
+    def send(self, number):
+        os.kill(self.process.pid, number)
+
+    def ended(self, seconds=120):
+        """Exit code, standard output and error."""
+        self.process.join(seconds)
+        assert not self.running, "it does not end"
+        return self.process.exitcode, *((self.place / name).read_text() for name in ("out.txt", "err.txt"))
 
 
 def finished(place, words):
-    process = begun(place, words)
-    out, err = process.communicate(timeout=300)
-    assert process.returncode == 0, err
+    code, out, err = Bench(place, words).ended(300)
+    assert code == 0, err
     return out
 
 
@@ -112,17 +140,17 @@ def kept(place, pattern):
     }
 
 
-def alive_until(process, begins, seconds):
-    """Whether the process still runs so long after `begins()` first holds."""
-    while not begins():
-        if process.poll() is not None:
+def alive_after(process, locks, seconds):
+    """Whether the process still runs so long after it has claimed its run."""
+    while not list(locks.glob("*.json")):
+        if not process.running:
             return False
-        time.sleep(0.005)
+        time.sleep(0.002)
     time.sleep(seconds)
-    return process.poll() is None
+    return process.running
 
 
-def hours_of(rng, kills, most):
+def moments(rng, kills, most):
     """After how long each kill comes: some at once, some late."""
     return [rng.uniform(0, most) * rng.choice((0.1, 1)) for _ in range(kills)]
 
@@ -134,12 +162,11 @@ def test_an_evaluation_killed_twenty_times_at_random_moments_ends_with_the_same_
     # the weights are trained: what is killed is the evaluation alone
     shutil.copytree(place / "whole" / "checkpoints", place / "results" / "checkpoints")
     killed, rng, done = 0, random.Random(0), {}
-    for seconds in hours_of(rng, 60, 1.0):
-        process = begun(place, RUN, slow=0.003)
-        locks = place / "results" / ".locks"
-        hit = alive_until(process, lambda locks=locks: list(locks.glob("*.json")), seconds)
-        process.kill()
-        process.communicate()
+    for seconds in moments(rng, 60, 1.0):
+        process, locks = Bench(place, RUN, slow=0.003), place / "results" / ".locks"
+        hit = alive_after(process, locks, seconds)
+        process.send(signal.SIGKILL)
+        process.ended()
         now = kept(place, "results/runs/**/parts/*.parquet")
         # nothing that was finished is lost or done again
         assert done.items() <= now.items()
@@ -160,12 +187,11 @@ def test_an_evaluation_killed_twenty_times_at_random_moments_ends_with_the_same_
 def test_a_training_killed_twenty_times_at_random_moments_ends_with_the_same_weights(place):
     (whole,) = finished(place, [*TRAIN, "--results", "whole"]).split()
     killed, rng, epoch = 0, random.Random(1), -1
-    for seconds in hours_of(rng, 60, 1.0):
-        process = begun(place, TRAIN, slow=0.01)
-        locks = place / "results" / ".locks"
-        hit = alive_until(process, lambda locks=locks: list(locks.glob("*.json")), seconds)
-        process.kill()
-        process.communicate()
+    for seconds in moments(rng, 60, 1.0):
+        process, locks = Bench(place, TRAIN, slow=0.01), place / "results" / ".locks"
+        hit = alive_after(process, locks, seconds)
+        process.send(signal.SIGKILL)
+        process.ended()
         killed += hit
         for file in (place / "results").rglob("state.pt"):
             raw = file.read_bytes()
@@ -193,15 +219,14 @@ def test_a_training_killed_twenty_times_at_random_moments_ends_with_the_same_wei
 def test_a_grace_period_is_enough_wherever_sigterm_comes(place, words):
     rng = random.Random(2)
     for seconds in (0.0, 0.1, 0.3, rng.uniform(0, 1), rng.uniform(0, 1)):
-        process = begun(place, words, slow=0.003)
-        locks = place / "results" / ".locks"
-        alive_until(process, lambda locks=locks: list(locks.glob("*.json")), seconds)
-        process.send_signal(signal.SIGTERM)
+        process = Bench(place, words, slow=0.003)
+        alive_after(process, place / "results" / ".locks", seconds)
+        process.send(signal.SIGTERM)
         # a batch's step is milliseconds here; schedulers give thirty seconds
-        _, said = process.communicate(timeout=30)
-        if process.returncode == 0:
+        code, _, said = process.ended(30)
+        if code == 0:
             break
-        assert process.returncode == 130, said
+        assert code == 130, said
         assert "the same command goes on from there" in said.splitlines()[-1]
     finished(place, words)
     finished(place, [*words, "--results", "whole"])
@@ -264,9 +289,8 @@ def test_a_full_disk_is_one_line_and_the_run_goes_on_once_there_is_room(place, s
     if words is RUN:
         shutil.copytree(whole / "checkpoints", results / "checkpoints")
     ballast = filled(small_disk, left)
-    process = begun(place, [*words, "--results", results])
-    out, err = process.communicate(timeout=120)
-    assert (process.returncode, out) == (2, ""), err
+    code, out, err = Bench(place, [*words, "--results", results]).ended()
+    assert (code, out) == (2, ""), err
     assert err.startswith("bench: ") and err.count("\n") == 1 and "No space left" in err, err
     assert not list(results.rglob("*.tmp")) and not list(results.rglob("record.json"))
     ballast.unlink()

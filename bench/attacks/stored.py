@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from bench.data.npz import header
 from bench.errors import UsageError
 from bench.types import Images
 
@@ -64,6 +65,7 @@ def _array(file: Path) -> Tensor:
     # opened here: numpy leaves open what it cannot read
     with file.open("rb") as raw, np.load(raw, allow_pickle=False) as arrays:
         name = next(name for name in (*NAMES, "") if name in arrays or not name)
+        header(arrays, name)
         return torch.from_numpy(np.ascontiguousarray(arrays[name]))
 
 
