@@ -32,7 +32,7 @@ from bench.threat import Linf
 
 @config
 class Config:
-    epochs: int = 12
+    epochs: int = 30
 
 class Slow(nn.Module):
     def forward(self, x):
@@ -140,9 +140,12 @@ def kept(place, pattern):
     }
 
 
-def alive_after(process, locks, seconds):
-    """Whether the process still runs so long after it has claimed its run."""
-    while not list(locks.glob("*.json")):
+def alive_after(process, locks, seconds, state=None):
+    """Whether the process still runs so long after it has claimed its run, or has written another state than this."""
+    place = locks.parent.parent
+    while not list(locks.glob("*.json")) or (
+        state is not None and kept(place, "results/**/state.pt") == state
+    ):
         if not process.running:
             return False
         time.sleep(0.002)
@@ -186,10 +189,10 @@ def test_an_evaluation_killed_twenty_times_at_random_moments_ends_with_the_same_
 @pytest.mark.slow
 def test_a_training_killed_twenty_times_at_random_moments_ends_with_the_same_weights(place):
     (whole,) = finished(place, [*TRAIN, "--results", "whole"]).split()
-    killed, rng, epoch = 0, random.Random(1), -1
-    for seconds in moments(rng, 60, 1.0):
-        process, locks = Bench(place, TRAIN, slow=0.01), place / "results" / ".locks"
-        hit = alive_after(process, locks, seconds)
+    killed, rng, epoch, seen = 0, random.Random(1), -1, {}
+    for seconds in moments(rng, 60, 0.5):
+        process, locks = Bench(place, TRAIN, slow=0.002), place / "results" / ".locks"
+        hit = alive_after(process, locks, seconds, None if killed % 2 else seen)
         process.send(signal.SIGKILL)
         process.ended()
         killed += hit
@@ -200,11 +203,13 @@ def test_a_training_killed_twenty_times_at_random_moments_ends_with_the_same_wei
             now = 100 * state["stage"] + state["epoch"]
             assert now >= epoch
             epoch = now
+        seen = kept(place, "results/**/state.pt")
         if killed == 20 or list((place / "results").rglob("model.safetensors")):
             break
         for file in locks.glob("*.json"):
             file.unlink()
     print(f"{killed} kills, the last state was of stage {epoch // 100}, epoch {epoch % 100}")
+    assert epoch > 0
     assert killed == 20, "the training ended before it was killed twenty times"
     (path,) = finished(place, TRAIN).split()
     from safetensors.torch import load_file
@@ -279,8 +284,9 @@ def test_a_file_that_finds_no_room_leaves_the_old_one_and_nothing_else(small_dis
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("left", [0, 16_384, 65_536])
-@pytest.mark.parametrize("words", [RUN, TRAIN], ids=["evaluation", "training"])
+@pytest.mark.parametrize(
+    ("words", "left"), [(RUN, 0), (RUN, 16_384), (RUN, 65_536), (TRAIN, 0), (TRAIN, 16_384)]
+)
 def test_a_full_disk_is_one_line_and_the_run_goes_on_once_there_is_room(place, small_disk, words, left):
     results = small_disk / "results"
     whole = place / "whole"

@@ -181,6 +181,7 @@ def header(file: NpzFile, key: str) -> _Header:
         old = np.lib.format.read_magic(member) == (1, 0)
         read = np.lib.format.read_array_header_1_0 if old else np.lib.format.read_array_header_2_0
         found = _Header(*read(member), member.tell())
+    assert file.zip is not None, "the archive is closed"
     info = file.zip.getinfo(f"{key}.npy")
     claimed = math.prod(found.shape) * found.dtype.itemsize
     if not found.dtype.hasobject and found.offset + claimed != info.file_size:
