@@ -46,6 +46,7 @@ from bench.defense import Defense
 from bench.errors import CheckpointError
 from bench.model import Normalized
 from bench.record import atomic
+from bench.tensors import tensors
 
 State = dict[str, Tensor]
 
@@ -169,8 +170,8 @@ def save(path: Path, state: Mapping[str, Tensor], metadata: Mapping[str, str]) -
     """
     import safetensors.torch
 
-    tensors = {key: value.detach().cpu().contiguous().clone() for key, value in state.items()}
-    atomic(path, safetensors.torch.save(tensors, metadata={OWN: "1", **metadata}))
+    copies = {key: value.detach().cpu().contiguous().clone() for key, value in state.items()}
+    atomic(path, safetensors.torch.save(copies, metadata={OWN: "1", **metadata}))
 
 
 def load(source: str, model: nn.Module, *, defense: Defense[Any], data: Dataset) -> Loaded:
@@ -359,7 +360,7 @@ def _read_torch(source: str, content: bytes) -> _File:
         with warnings.catch_warnings():
             # torch warns of pickle protocols and TorchScript before it refuses them, as we then do.
             warnings.simplefilter("ignore")
-            found = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
+            found = tensors(io.BytesIO(content))
     except pickle.UnpicklingError as error:
         raise CheckpointError(_refusal(source, str(error))) from None
     except _DAMAGE as error:
@@ -391,13 +392,13 @@ def _unwrapped(source: str, found: object) -> _File:
     for _ in range(4):
         if not isinstance(found, Mapping):
             break
-        tensors = {str(key): value for key, value in found.items() if isinstance(value, Tensor)}
+        held = {str(key): value for key, value in found.items() if isinstance(value, Tensor)}
         inner = [name for name in WRAPPERS if _holds_tensors(found.get(name))]
         if not inner:
-            if not tensors:
+            if not held:
                 break
             modules = frozenset(getattr(found, "_metadata", None) or ())
-            return _File(tensors, entries=entries, modules=modules, notes=tuple(notes))
+            return _File(held, entries=entries, modules=modules, notes=tuple(notes))
         entries.update({str(key): value for key, value in found.items() if _is_number(value)})
         if len(inner) > 1:
             notes.append(f"took {inner[0]!r}; the file also has {', '.join(map(repr, inner[1:]))}")

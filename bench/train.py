@@ -35,6 +35,7 @@ from bench.passes import Work, counting, one_pass
 from bench.progress import Meter, progress
 from bench.record import atomic
 from bench.rng import Rng
+from bench.tensors import tensors
 from bench.types import Images
 
 #: seconds after which the state is written in the middle of an epoch: what a kill costs at most, where epochs are long
@@ -459,7 +460,7 @@ def _read(path: Path, model: nn.Module) -> State:
     if hashlib.sha256(raw[64:]).hexdigest().encode() != raw[:64]:
         raise CheckpointError(f"{path} is damaged; delete it to train from the start")
     try:
-        stored = torch.load(io.BytesIO(raw[64:]), map_location="cpu", weights_only=True)
+        stored = tensors(io.BytesIO(raw[64:]))
     except Exception as error:
         # the hash is no proof of origin: whoever made the file made it too, and a reader of tensors may raise anything
         raise CheckpointError(

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from bench.data.npz import header
 from bench.errors import UsageError
+from bench.tensors import tensors
 from bench.types import Images
 
 #: what an array of images may be called in an npz
@@ -32,9 +33,7 @@ def stored(path: str | Path) -> Images:
     """
     file = Path(path)
     try:
-        found: object = (
-            torch.load(file, map_location="cpu", weights_only=True) if file.suffix == ".pt" else _array(file)
-        )
+        found: object = tensors(file) if file.suffix == ".pt" else _array(file)
     except FileNotFoundError:
         raise UsageError(f"no file {str(path)!r} of adversarial images") from None
     except Exception:
