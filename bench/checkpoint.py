@@ -33,6 +33,7 @@ import struct
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from http.client import HTTPException
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -45,6 +46,7 @@ from bench.defense import Defense
 from bench.errors import CheckpointError
 from bench.model import Normalized
 from bench.record import atomic
+from bench.tensors import tensors
 
 State = dict[str, Tensor]
 
@@ -168,8 +170,8 @@ def save(path: Path, state: Mapping[str, Tensor], metadata: Mapping[str, str]) -
     """
     import safetensors.torch
 
-    tensors = {key: value.detach().cpu().contiguous().clone() for key, value in state.items()}
-    atomic(path, safetensors.torch.save(tensors, metadata={OWN: "1", **metadata}))
+    copies = {key: value.detach().cpu().contiguous().clone() for key, value in state.items()}
+    atomic(path, safetensors.torch.save(copies, metadata={OWN: "1", **metadata}))
 
 
 def load(source: str, model: nn.Module, *, defense: Defense[Any], data: Dataset) -> Loaded:
@@ -277,18 +279,36 @@ def _from_hub(source: str, defense: Defense[Any]) -> Path:
 
 
 def _from_url(source: str) -> Path:
-    name = PurePosixPath(source.split("?")[0]).name or "weights"
+    """The file of a URL, fetched once and compared with its hash, where URL or name tell one.
+
+    A hash is told by `URL#sha256=HEX`, or by a name such as `resnet18-5c106cde.pth`, as torch.hub's files have it.
+    """
+    url, _, fragment = source.partition("#")
+    name = PurePosixPath(url.split("?")[0]).name or "weights"
+    told = re.search(r"-([0-9a-f]{8,64})\.", name)
+    wanted = fragment.removeprefix("sha256=") if fragment.startswith("sha256=") else told[1] if told else ""
+    if fragment and not re.fullmatch(r"sha256=[0-9a-f]{8,64}", fragment):
+        raise CheckpointError(f"{source}: write the hash as #sha256= and 8 to 64 hexadecimal digits")
     # Two URLs may end in one name, so that the folder is named after the whole of it.
-    folder = Path(torch.hub.get_dir()) / "checkpoints" / hashlib.sha256(source.encode()).hexdigest()[:12]
+    folder = Path(torch.hub.get_dir()) / "checkpoints" / hashlib.sha256(url.encode()).hexdigest()[:12]
     path = folder / name
-    if not path.is_file():
-        folder.mkdir(parents=True, exist_ok=True)
-        try:
-            torch.hub.download_url_to_file(source, str(path), progress=True)
-        except OSError as error:
-            raise CheckpointError(
-                f"cannot fetch {source}: {error}; download the file and give its path"
-            ) from None
+    fetched = not path.is_file()
+    try:
+        if fetched:
+            folder.mkdir(parents=True, exist_ok=True)
+            torch.hub.download_url_to_file(url, str(path), progress=True)
+        found = hashlib.sha256(path.read_bytes()).hexdigest()
+    except (OSError, ValueError, RuntimeError, HTTPException) as error:
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise CheckpointError(
+            f"cannot fetch {source}: {reason}; download the file and give its path"
+        ) from None
+    if not found.startswith(wanted):
+        path.unlink(missing_ok=True)
+        raise CheckpointError(
+            f"{source} is not what its hash says: its sha256 begins with {found[:16]}, not with {wanted}; it was deleted, fetch "
+            "it again or give the right URL"
+        )
     return path
 
 
@@ -340,7 +360,7 @@ def _read_torch(source: str, content: bytes) -> _File:
         with warnings.catch_warnings():
             # torch warns of pickle protocols and TorchScript before it refuses them, as we then do.
             warnings.simplefilter("ignore")
-            found = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
+            found = tensors(io.BytesIO(content))
     except pickle.UnpicklingError as error:
         raise CheckpointError(_refusal(source, str(error))) from None
     except _DAMAGE as error:
@@ -372,13 +392,13 @@ def _unwrapped(source: str, found: object) -> _File:
     for _ in range(4):
         if not isinstance(found, Mapping):
             break
-        tensors = {str(key): value for key, value in found.items() if isinstance(value, Tensor)}
+        held = {str(key): value for key, value in found.items() if isinstance(value, Tensor)}
         inner = [name for name in WRAPPERS if _holds_tensors(found.get(name))]
         if not inner:
-            if not tensors:
+            if not held:
                 break
             modules = frozenset(getattr(found, "_metadata", None) or ())
-            return _File(tensors, entries=entries, modules=modules, notes=tuple(notes))
+            return _File(held, entries=entries, modules=modules, notes=tuple(notes))
         entries.update({str(key): value for key, value in found.items() if _is_number(value)})
         if len(inner) > 1:
             notes.append(f"took {inner[0]!r}; the file also has {', '.join(map(repr, inner[1:]))}")
@@ -718,21 +738,49 @@ def _load_own(source: str, sha256: str, file: _File, model: nn.Module, defense: 
             f"checkpoint {source!r} is of another network than {_name(defense)} with these settings: {misfit}"
         )
     model.load_state_dict(file.state)
-    constants = {
-        name: tuple(json.loads(file.metadata[name])) for name in ("mean", "std") if name in file.metadata
-    }
+    clean, constants = _stated(source, file.metadata, model)
     if isinstance(model, Normalized):
         for name, value in constants.items():
             getattr(model.normalize, name).copy_(torch.tensor(value).view(1, -1, 1, 1))
-    clean = file.metadata.get("clean")
     return Loaded(
         source=source,
         sha256=sha256,
         origin="dwf-bench",
-        clean=float(clean) if clean is not None else None,
+        clean=clean,
         mean=constants.get("mean"),
         std=constants.get("std"),
     )
+
+
+def _stated(
+    source: str, metadata: Mapping[str, str], model: nn.Module
+) -> tuple[float | None, dict[str, tuple[float, ...]]]:
+    """The clean accuracy in percent, and the normalisation, that a file of ours states.
+
+    Raises:
+        CheckpointError: they are no such numbers.
+    """
+    constants: dict[str, tuple[float, ...]] = {}
+    channels = model.normalize.mean.numel() if isinstance(model, Normalized) else None
+    try:
+        for name in ("mean", "std"):
+            if name in metadata:
+                constants[name] = tuple(float(value) for value in json.loads(metadata[name]))
+                if not all(map(math.isfinite, constants[name])) or len(constants[name]) != (
+                    channels or len(constants[name])
+                ):
+                    raise ValueError(name)
+        if min(constants.get("std", (1.0,))) <= 0:
+            raise ValueError("std")
+        clean = float(metadata["clean"]) if "clean" in metadata else None
+        if clean is not None and not 0 <= clean <= 100:
+            raise ValueError("clean")
+    except (ValueError, TypeError, RecursionError, OverflowError):
+        raise CheckpointError(
+            f"checkpoint {source!r} states a mean, std or clean accuracy that cannot be: "
+            f"{ {name: metadata[name][:40] for name in ('mean', 'std', 'clean') if name in metadata} }; save it again"
+        ) from None
+    return clean, constants
 
 
 def _sources(defense: Defense[Any]) -> tuple[Source, ...]:

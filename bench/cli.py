@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import re
+import signal
 import sys
 import traceback
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal, TextIO, TypeVar
 
 import click
 
@@ -19,12 +22,18 @@ from bench.errors import BenchError, Interrupted, UsageError, meant
 #: what `bench run` evaluates when it is told nothing: the mixture, and the plain network beside it
 DEFAULT_DEFENSES = "dwf,resnet18"
 
+#: what a full disk, a quota or a file that may not grow says
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+BUG = "this is a bug of ours; please report it with the lines above"
+
 Command = TypeVar("Command", bound=Callable[..., Any])
 
 
 def main() -> None:
     """Runs the command line and exits: 0 done, 2 the user's mistake, 1 a bug of ours, 130 interrupted."""
     code, line = 0, ""
+    # what a scheduler sends before it kills is what Ctrl-C is
+    before = signal.signal(signal.SIGTERM, _interrupted)
     try:
         if completion.ASKED in os.environ:
             sys.exit(completion.answer(commands, os.environ[completion.ASKED]))
@@ -49,10 +58,23 @@ def main() -> None:
         )
     except BrokenPipeError:
         # whoever read our output has heard enough; Python would complain once more when it empties its buffer
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        _deafen(sys.stdout)
+    except OSError as error:
+        if error.errno not in FULL:
+            traceback.print_exc()
+            code, line = 1, BUG
+        else:
+            where = f" for {error.filename}" if error.filename else ""
+            code, line = (
+                2,
+                f"no room{where}: {error.strerror}; free some, the same command goes on from what is kept",
+            )
+            _deafen(sys.stdout)
     except Exception:
         traceback.print_exc()
-        code, line = 1, "this is a bug of ours; please report it with the lines above"
+        code, line = 1, BUG
+    finally:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL if before is None else before)
     if line:
         # what libraries say may run over several lines
         print(f"bench: {' '.join(line.split())}", file=sys.stderr)
@@ -75,6 +97,16 @@ def _meant(error: click.ClickException) -> str:
     if param is None or given is None or not isinstance(param.type, click.Choice):
         return ""
     return meant(given[1], [str(choice) for choice in param.type.choices])
+
+
+def _interrupted(number: int, frame: object) -> None:
+    raise KeyboardInterrupt
+
+
+def _deafen(stream: TextIO) -> None:
+    """Lets what a stream still holds go nowhere, so that Python does not fail on it once more at exit."""
+    with suppress(OSError, ValueError):
+        os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 
 
 @click.group(

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 import io
 import json
-import shutil
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -13,9 +13,10 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from bench.errors import UsageError
 from bench.judge import Cost
 from bench.outcome import Batch, Outcome
-from bench.record import atomic
+from bench.record import atomic, forget
 
 SCHEMA = pa.schema(
     [
@@ -63,18 +64,28 @@ class Parts:
         arrays = [pa.array(rows[field.name]).cast(field.type) for field in SCHEMA]
         costs = json.dumps({name: asdict(cost) for name, cost in batch.costs.items()})
         table = pa.Table.from_arrays(arrays, schema=SCHEMA.with_metadata({"costs": costs}))
+        content = _bytes(table)
         atomic(
-            self.folder / f"{batch.index[0]:07d}-{batch.index[-1]:07d}-{len(batch.index)}.parquet",
-            _bytes(table),
+            self.folder
+            / f"{batch.index[0]:07d}-{batch.index[-1]:07d}-{len(batch.index)}-{_seal(content)}.parquet",
+            content,
         )
         self._take(table)
 
     def outcomes(self, columns: Sequence[str]) -> bytes:
-        """All rows as one parquet file: by image, then by column in the protocol's order; the same bytes for the same rows."""
+        """All rows as one parquet file: by image, then by column in the protocol's order; the same bytes for the same rows.
+
+        Raises:
+            UsageError: the batches are of other columns.
+        """
         table = pa.concat_tables(
             [table.replace_schema_metadata(None) for table in self._tables]
         ).unify_dictionaries()
         place = {name: i for i, name in enumerate(columns)}
+        if not place.keys() >= set(table["column"].to_pylist()) or len(table) != len(columns) * len(
+            self._done
+        ):
+            raise UsageError(f"{self.folder} holds batches of other columns; delete it and run again")
         column = np.array([place[name] for name in table["column"].to_pylist()])
         order = np.lexsort((column, table["index"].to_numpy()))
         table = table.take(pa.array(order))
@@ -95,7 +106,7 @@ class Parts:
 
     def remove(self) -> None:
         """Deletes the batches; their rows are in the finished record."""
-        shutil.rmtree(self.folder, ignore_errors=True)
+        forget(self.folder)
 
     def _take(self, table: pa.Table) -> None:
         # where two processes finished the same images their rows are equal, and one copy is enough
@@ -117,12 +128,27 @@ def _read(file: Path) -> pa.Table | None:
     """The batch in a file; None where it was cut short, went away meanwhile or is of another version's form."""
     try:
         # from memory and in this thread: a reader thread that outlives a quick process aborts it at exit (Arrow #34314)
-        content = pa.BufferReader(file.read_bytes())
-        table = pq.ParquetFile(content, pre_buffer=False).read(use_threads=False)
-    except (pa.ArrowException, OSError):
+        raw = file.read_bytes()
+        if file.stem.rpartition("-")[2] != _seal(raw):
+            return None
+        table = pq.ParquetFile(pa.BufferReader(raw), pre_buffer=False).read(use_threads=False)
+        table.validate(full=True)
+        costs = json.loads((table.schema.metadata or {})[b"costs"])
+        for cost in costs.values():
+            Cost(**cost)
+    except (pa.ArrowException, OSError, LookupError, ValueError, TypeError, AttributeError, RecursionError):
         return None
-    fits = table.schema.equals(SCHEMA) and b"costs" in (table.schema.metadata or {})
-    return table if fits else None
+    return table if table.schema.equals(SCHEMA) and len(table) and not _gaps(table) else None
+
+
+def _seal(content: bytes) -> str:
+    """What a file's name ends in: a flipped bit must not become an outcome."""
+    return hashlib.sha256(content).hexdigest()[:16]
+
+
+def _gaps(table: pa.Table) -> bool:
+    """Whether a value is missing: none ever is in a batch of ours."""
+    return any(column.null_count for column in table.columns)
 
 
 def _bytes(table: pa.Table) -> bytes:

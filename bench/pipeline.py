@@ -29,6 +29,7 @@ from bench.audit.contract import Contract, contract, is_random
 from bench.audit.gradients import gradient_checks
 from bench.audit.run import audit
 from bench.certify import told
+from bench.claim import claim
 from bench.config import as_json, replaced
 from bench.errors import BenchError, Interrupted, UsageError, VoidRun
 from bench.evaluate import Evaluator
@@ -247,7 +248,29 @@ def evaluate(session: Session, job: Job, seed: int, weights: Weights, protocol: 
     finished = records.read(folder)
     if finished is not None:
         session.say(f"{job.name}, {protocol.name}, seed {seed}: done before, {folder}")
-        return finished
+        if not (folder / "parts").exists():
+            return finished
+    with claim(session.results, folder, session.say):
+        # whoever was waited for may have finished it
+        finished = records.read(folder)
+        if finished is not None:
+            records.forget(folder / "parts")
+            return finished
+        return _measure(session, job, seed, weights, protocol, columns, surrogates, asked)
+
+
+def _measure(
+    session: Session,
+    job: Job,
+    seed: int,
+    weights: Weights,
+    protocol: Protocol,
+    columns: Sequence[Column],
+    surrogates: Mapping[str, nn.Module],
+    asked: Asked,
+) -> Record:
+    """The outcomes of what was asked, and the record that they make."""
+    data, n, folder = session.data, samples_of(session), records.folder(session.results, asked)
     started, began = datetime.now(timezone.utc), time.perf_counter()
     try:
         evaluator = _evaluator(session, job, weights.model, seed, protocol, surrogates)

@@ -50,6 +50,8 @@ ATTACKS = {
     "torchattacks:": "any attack of the torchattacks library, by its class name",
 }
 
+#: bytes of a protocol's file, and characters of one of its lines, beyond which it is none
+LARGEST, LONGEST = 2**16, 2**12
 #: attacks that are PGD with other words
 PGD_FAMILY = ("pgd", "ms-pgd", "a-pgd")
 #: what `adaptive` stands for on a mixture with a hard gate, and on one with a soft gate
@@ -77,7 +79,10 @@ ADAPTIVE = frozenset({*HARD, *SOFT, "legacy", *DIAGNOSTIC})
 
 Mixture = Literal["hard", "soft"]
 
-Steps = Annotated[int, Field(ge=1)]
+#: more than these would never end
+MOST_STEPS, MOST_STARTS = 10**6, 10**4
+Steps = Annotated[int, Field(ge=1, le=MOST_STEPS)]
+Starts = Annotated[int, Field(ge=1, le=MOST_STARTS)]
 
 
 def _step_size(value: object) -> object:
@@ -120,8 +125,8 @@ class ColumnSpec(BaseModel):
     eps: Radius | list[Radius] | None = None
     steps: Steps | list[Steps] | None = None
     step_size: Annotated[str | float, pydantic.BeforeValidator(_step_size)] | None = None
-    restarts: Annotated[int, Field(ge=1)] = 1
-    eot: Annotated[int, Field(ge=1)] = 1
+    restarts: Starts = 1
+    eot: Starts = 1
     loss: Literal["ce", "margin"] = "ce"
     random_start: bool = True
     settings: dict[str, Any] = {}
@@ -215,7 +220,7 @@ class Protocol(BaseModel):
     success: Literal["last", "any"] = "any"
     eps: Number | Literal["dataset"] = "dataset"
     survivors: bool = False
-    random_eot: Annotated[int, Field(ge=1)] = 20
+    random_eot: Starts = 20
     """samples per step against a random model, where a column does not ask for several itself"""
     footnotes: list[str] = []
     provenance: dict[str, Literal["paper", "unrecovered", "ours"]] = {}
@@ -408,19 +413,29 @@ def load(name: str) -> Protocol:
             raise UnknownName("protocol", name, known, "; a protocol of your own is a .toml file")
         path = _folder() / f"{name}.toml"
     try:
-        text = path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
+        with path.open("rb") as file:
+            raw = file.read(LARGEST + 1)
+        text = raw.decode("utf-8")
+    except (OSError, ValueError) as error:
         raise ProtocolError(
             f"cannot read the protocol {name!r}: {getattr(error, 'strerror', None) or error}"
         ) from None
+    # Python's reader takes the square of the time for a key of many dots, and no more brackets than it can nest calls
+    if len(raw) > LARGEST or any(len(line) > LONGEST for line in text.split("\n")):
+        raise ProtocolError(
+            f"{path.name} is no protocol: it has more than {LARGEST} bytes, or a line of more than {LONGEST} characters"
+        )
     try:
         return Protocol.model_validate(tomllib.loads(text))
-    except tomllib.TOMLDecodeError as error:
+    except RecursionError:
+        raise ProtocolError(f"{path.name} is no protocol: its values are nested too deeply") from None
+    except ValueError as error:
+        if isinstance(error, pydantic.ValidationError):
+            raise ProtocolError(
+                f"{path.name}{_line(text, error.errors()[0]['loc'])}: {complaint(error, FIELDS)}"
+            ) from None
+        # TOMLDecodeError, or an integer of more digits than Python reads
         raise ProtocolError(f"{path.name} is not TOML: {error}") from None
-    except pydantic.ValidationError as error:
-        raise ProtocolError(
-            f"{path.name}{_line(text, error.errors()[0]['loc'])}: {complaint(error, FIELDS)}"
-        ) from None
 
 
 def with_attacks(protocol: Protocol, attacks: Sequence[str]) -> Protocol:

@@ -15,8 +15,10 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import shutil
 import tempfile
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -32,6 +34,8 @@ if TYPE_CHECKING:
 SCHEMA: Literal[2] = 2
 #: raised whenever an attack or the evaluation changes so that an outcome can move: older runs are then run again
 OUTCOMES = 2
+#: how the name of a file ends that is not complete yet
+UNDER_WAY = ".tmp"
 
 
 class Asked(BaseModel):
@@ -57,6 +61,13 @@ class Asked(BaseModel):
     """which generation of the harness's attacks was asked"""
     code: str = ""
     """hash of the file that defines the defense, blind to comments; empty where there is no file"""
+
+    @pydantic.field_validator("protocol")
+    @classmethod
+    def _named(cls, protocol: dict[str, Any]) -> dict[str, Any]:
+        if not isinstance(protocol.get("name"), str):
+            raise ValueError("a protocol has a name")
+        return protocol
 
     @property
     def key(self) -> str:
@@ -248,10 +259,69 @@ class Record(BaseModel):
                 f"{path} is not what its record was written with; delete the folder and run again"
             )
         # from memory and without reader threads: those may outlive a short process and abort it
-        file = pq.ParquetFile(pa.BufferReader(content), pre_buffer=False)
-        table = file.read(columns=None if columns is None else list(columns), use_threads=False)
-        frame: pd.DataFrame = table.to_pandas()
+        try:
+            file = pq.ParquetFile(pa.BufferReader(content), pre_buffer=False)
+            _fits(file.schema_arrow, file.metadata.num_rows)
+            table = file.read(columns=None if columns is None else list(columns), use_threads=False)
+            table.validate(full=True)
+            frame: pd.DataFrame = table.to_pandas(use_threads=False, ignore_metadata=True)
+        except (
+            pa.ArrowException,
+            OSError,
+            ValueError,
+            KeyError,
+            TypeError,
+            OverflowError,
+            MemoryError,
+        ) as error:
+            # Arrow raises any of these on a file that was made by hand
+            reason = " ".join(str(error).split())[:200] or type(error).__name__
+            raise UsageError(
+                f"{path} holds no outcomes that can be read ({reason}); delete the folder and run again"
+            ) from None
         return frame
+
+
+#: the columns of outcomes.parquet, and the kinds of numbers in them as numpy names them
+_KINDS = {
+    **dict.fromkeys(("index", "label", "prediction", "restart", "step"), "iu"),
+    **{"column": "O", "robust": "b", "share": "f", "selected": "f"},
+}
+#: rows beyond this are no run of ours: a hundred million images under a hundred columns
+_MOST_ROWS = 10**10
+
+
+def _fits(schema: Any, rows: int) -> None:
+    """Sees that a parquet file may be outcomes, before any of it is decoded.
+
+    Raises:
+        ValueError: a column is missing or holds something else.
+    """
+    if rows > _MOST_ROWS:
+        raise ValueError(f"it claims {rows} rows")
+    for name, kinds in _KINDS.items():
+        if name not in schema.names:
+            raise ValueError(f"it has no column {name!r}")
+        if _kind(schema.field(name).type) not in kinds:
+            raise ValueError(f"its column {name!r} is {schema.field(name).type}")
+
+
+def _kind(type_: Any) -> str:
+    """The letter of a type of Arrow's: i, u, b, f, O for text, and nothing for all others."""
+    import pyarrow as pa
+
+    value = type_.value_type if pa.types.is_dictionary(type_) else type_
+    if pa.types.is_string(value) or pa.types.is_large_string(value):
+        return "O"
+    if value is not type_:
+        return "-"
+    letters = {
+        "i": pa.types.is_signed_integer,
+        "u": pa.types.is_unsigned_integer,
+        "f": pa.types.is_floating,
+        "b": pa.types.is_boolean,
+    }
+    return next((letter for letter, fits in letters.items() if fits(value)), "-")
 
 
 def folder(results: Path, asked: Asked) -> Path:
@@ -353,14 +423,14 @@ def read_all(results: Path) -> Iterator[Record]:
 
 
 def atomic(path: Path, content: bytes) -> None:
-    """Writes a file so that a reader sees the old content or all of the new, never a part.
+    """Writes a file so that a reader sees the old content or all of the new, never a part, even after a loss of power.
 
     Raises:
         UsageError: the folder cannot be written.
     """
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+        handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=UNDER_WAY)
         try:
             with os.fdopen(handle, "wb") as file:
                 file.write(content)
@@ -371,10 +441,28 @@ def atomic(path: Path, content: bytes) -> None:
         except BaseException:
             Path(name).unlink(missing_ok=True)
             raise
+        _settle(path.parent)
     except OSError as error:
-        raise UsageError(
-            f"cannot write {path}: {error.strerror}; choose another folder with --results or free some room"
-        ) from None
+        raise cannot_write(path, error) from None
+
+
+def _settle(folder: Path) -> None:
+    """Makes a renaming in this folder last: without it, a loss of power may bring back the name of before."""
+    with suppress(OSError):
+        # some file systems, and Windows, cannot open a folder; there the renaming lasts when they see fit
+        handle = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)
+
+
+def cannot_write(path: Path, error: OSError) -> UsageError:
+    """What to say where a file cannot be written."""
+    return UsageError(
+        f"cannot write {path}: {error.strerror or error}; choose another folder with --results or free some room, then the same "
+        "command goes on from what is kept"
+    )
 
 
 def finish(path: Path, record: Record, outcomes: bytes) -> None:
@@ -382,6 +470,11 @@ def finish(path: Path, record: Record, outcomes: bytes) -> None:
     atomic(path / "outcomes.parquet", outcomes)
     atomic(path / "record.json", (record.model_dump_json(indent=2) + "\n").encode())
     (path / "void.json").unlink(missing_ok=True)
+
+
+def forget(parts: Path) -> None:
+    """Deletes the finished batches of a run; their rows are in its record."""
+    shutil.rmtree(parts, ignore_errors=True)
 
 
 class Void(BaseModel):
@@ -418,6 +511,16 @@ def writable(results: Path) -> None:
 
 
 def safe(name: str) -> str:
-    """A name as one folder name: `npz:my/dir` must not climb."""
+    """A name as one folder name: `npz:my/dir` must not climb, and file systems take no more than 255 bytes."""
     kept = "".join(c if c.isalnum() or c in "-_.+" else "_" for c in name).strip(".")
-    return kept if kept == name else f"{kept}-{hashlib.sha256(name.encode()).hexdigest()[:6]}"
+    if len(kept.encode()) > LONGEST:
+        kept = kept.encode()[:LONGEST].decode(errors="ignore")
+    return (
+        kept
+        if kept == name
+        else f"{kept}-{hashlib.sha256(name.encode(errors='surrogatepass')).hexdigest()[:6]}"
+    )
+
+
+#: bytes of a name; a hash, a key and what marks a file as under way come on top
+LONGEST = 150

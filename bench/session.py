@@ -25,6 +25,9 @@ from bench.threat import threat_model
 BATCH_SIZE = {"cpu": 256, "cuda": 512}
 
 
+#: more seeds than this are a slip of the finger
+MOST_SEEDS = 10_000
+
 Say = Callable[[str], None]
 
 
@@ -136,6 +139,10 @@ def prepare(
         raise UsageError("--weights chooses between two networks of a training; a checkpoint is one")
     if seeds < 1 or seed < 0:
         raise UsageError(f"seed must be at least 0 and seeds at least 1, not {seed} and {seeds}")
+    if seeds > MOST_SEEDS or seed + seeds > 2**63:
+        raise UsageError(
+            f"--seeds counts runs, at most {MOST_SEEDS}, and --seed is less than 2^63; got {seeds} and {seed}"
+        )
     if precision not in ("fp32", "bf16"):
         raise UsageError(f"no precision {precision!r}; choose fp32 or bf16")
     jobs = tuple(

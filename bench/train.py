@@ -35,7 +35,11 @@ from bench.passes import Work, counting, one_pass
 from bench.progress import Meter, progress
 from bench.record import atomic
 from bench.rng import Rng
+from bench.tensors import tensors
 from bench.types import Images
+
+#: seconds after which the state is written in the middle of an epoch: what a kill costs at most, where epochs are long
+OFTEN = 600.0
 
 
 @dataclass
@@ -200,6 +204,8 @@ class Loop:
     began: float
     learning: Work
     checking: Work
+    saved: float = field(default_factory=time.monotonic)
+    """when the state was last written"""
 
     def run(self, number: int) -> None:
         """One stage, from the epoch and step where the state stands to its end."""
@@ -229,6 +235,7 @@ class Loop:
         state.learning, state.checking = vars(self.learning), vars(self.checking)
         state.seconds = time.monotonic() - self.began
         _write(self.file, state)
+        self.saved = time.monotonic()
 
     def obey(self, where: str) -> None:
         """Stops if that was asked; the state has been kept.
@@ -278,6 +285,9 @@ class Part:
                     state.epoch = epoch
                     loop.save(self)
                     loop.obey(f"in {self.stage.name}, epoch {epoch + 1}")
+                elif time.monotonic() - loop.saved > OFTEN and state.step < self.batches:
+                    state.epoch = epoch
+                    loop.save(self)
 
     def step(self, epoch: int, step: int, rows: np.ndarray) -> float:
         """One step on these images; its loss."""
@@ -450,13 +460,26 @@ def _read(path: Path, model: nn.Module) -> State:
         raise CheckpointError(f"cannot read {path}: {error.strerror}") from None
     if hashlib.sha256(raw[64:]).hexdigest().encode() != raw[:64]:
         raise CheckpointError(f"{path} is damaged; delete it to train from the start")
-    stored = torch.load(io.BytesIO(raw[64:]), map_location="cpu", weights_only=True)
-    if set(stored) != {one.name for one in fields(State)}:
+    try:
+        stored = tensors(io.BytesIO(raw[64:]))
+    except Exception as error:
+        # the hash is no proof of origin: whoever made the file made it too, and a reader of tensors may raise anything
+        raise CheckpointError(
+            f"{path} is no state of a training ({type(error).__name__}); delete it to train from the start"
+        ) from None
+    blank = State()
+    if not isinstance(stored, dict) or set(stored) != {one.name for one in fields(State)}:
         raise CheckpointError(f"{path} was written by another version; delete it to train from the start")
+    for name, value in stored.items():
+        kinds = (int, float) if isinstance(getattr(blank, name), float) else type(getattr(blank, name))
+        if not isinstance(value, kinds):
+            raise CheckpointError(
+                f"{path}: its {name} is a {type(value).__name__}; delete it to train from the start"
+            )
     state = State(**stored)
     try:
         model.load_state_dict(state.model)
-    except RuntimeError:
+    except (RuntimeError, TypeError, AttributeError):
         raise CheckpointError(
             f"{path} belongs to another network; delete it to train from the start"
         ) from None
@@ -467,7 +490,7 @@ def _restore(optimisers: Sequence[torch.optim.SGD], kept: Sequence[dict[str, Any
     try:
         for optimiser, state in zip(optimisers, kept, strict=True):
             optimiser.load_state_dict(state)
-    except ValueError:
+    except (ValueError, TypeError, LookupError, AttributeError):
         raise CheckpointError(
             f"{path} belongs to a training of other parameters; delete it to train from the start"
         ) from None

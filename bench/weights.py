@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Literal
 
+import pydantic
 import torch
 from torch import nn
 
@@ -18,7 +19,8 @@ import bench
 from bench import checkpoint as checkpoints
 from bench import record as records
 from bench import registry
-from bench.config import as_json
+from bench.claim import claim
+from bench.config import as_json, complaint
 from bench.data import Dataset
 from bench.defense import Stage
 from bench.errors import AttackCrash, BenchError, CheckpointError, Interrupted, UsageError, VoidRun
@@ -83,7 +85,13 @@ def weigh(session: Session, job: Job, seed: int) -> Weights:
         if seed == session.seeds[0]:
             for later in session.jobs[session.jobs.index(job) :]:
                 _try(session, later)
-        _train(session, job, seed, folder)
+        with claim(session.results, folder, session.say):
+            # whoever was waited for may have trained it
+            if not path.is_file():
+                _train(session, job, seed, folder)
+    if (folder / FILES["best"]).is_file():
+        # one that was killed after it had finished may have left it
+        (folder / "state.pt").unlink(missing_ok=True)
     # a network just trained is read like one of yesterday's, so that both give the same outcomes, bit for bit
     checkpoints.load(str(path), model, defense=defense, data=data)
     return Weights(model, _training_of(path, model), code, path)
@@ -106,7 +114,6 @@ def _train(session: Session, job: Job, seed: int, folder: Path) -> None:
     # the best network is written last: a folder that has it is complete
     _save(folder, session, job, seed, trained, "last")
     _save(folder, session, job, seed, trained, "best")
-    (folder / "state.pt").unlink(missing_ok=True)
     for row in (row for row in trained.history if row.get("collapsed")):
         session.say(
             f"{job.name}: its robustness collapsed in epoch {row['epoch']} of {row['stage']}: {100 * row['held_out']:.0f} % of the held-out images are left under PGD-10"
@@ -254,7 +261,12 @@ def _training_of(path: Path, model: nn.Module) -> Training:
         stored = (file.metadata() or {}).get("training")
     if stored is None:
         raise CheckpointError(f"{path} says nothing of its training; delete it to train again")
-    return Training.model_validate_json(stored)
+    try:
+        return Training.model_validate_json(stored)
+    except pydantic.ValidationError as error:
+        raise CheckpointError(
+            f"{path} says of its training what cannot be ({complaint(error)}); delete it to train again"
+        ) from None
 
 
 @contextmanager

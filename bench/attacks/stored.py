@@ -13,7 +13,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from bench.data.npz import header
 from bench.errors import UsageError
+from bench.tensors import tensors
 from bench.types import Images
 
 #: what an array of images may be called in an npz
@@ -31,9 +33,7 @@ def stored(path: str | Path) -> Images:
     """
     file = Path(path)
     try:
-        found: object = (
-            torch.load(file, map_location="cpu", weights_only=True) if file.suffix == ".pt" else _array(file)
-        )
+        found: object = tensors(file) if file.suffix == ".pt" else _array(file)
     except FileNotFoundError:
         raise UsageError(f"no file {str(path)!r} of adversarial images") from None
     except Exception:
@@ -61,8 +61,10 @@ def digest(path: str | Path) -> str:
 
 
 def _array(file: Path) -> Tensor:
-    with np.load(file, allow_pickle=False) as arrays:
+    # opened here: numpy leaves open what it cannot read
+    with file.open("rb") as raw, np.load(raw, allow_pickle=False) as arrays:
         name = next(name for name in (*NAMES, "") if name in arrays or not name)
+        header(arrays, name)
         return torch.from_numpy(np.ascontiguousarray(arrays[name]))
 
 

@@ -6,13 +6,24 @@ import json
 from collections.abc import Sequence
 
 from bench.audit.outcomes import Outcomes, outcome_findings
+from bench.errors import UsageError
 from bench.finding import Finding, Verdict, merged
 from bench.record import Record
 
 
 def again(record: Record) -> list[Finding]:
-    """A kept run's findings: those it was stored with, and what today's checks see in its outcomes."""
-    seen = Outcomes.read(record.outcomes(), record)
+    """A kept run's findings: those it was stored with, and what today's checks see in its outcomes.
+
+    Raises:
+        UsageError: the record does not say what was asked.
+    """
+    outcomes = record.outcomes()
+    try:
+        seen = Outcomes.read(outcomes, record)
+    except (KeyError, ValueError, TypeError) as error:
+        raise UsageError(
+            f"{record._folder} does not say all of its protocol ({error}); delete it and run again"
+        ) from None
     return merged([*record.findings, *outcome_findings(seen)])
 
 

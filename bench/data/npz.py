@@ -11,6 +11,7 @@ Nothing is unpickled. An archive is read one array at a time, and for the statis
 
 from __future__ import annotations
 
+import math
 import zipfile
 import zlib
 from collections.abc import Iterator
@@ -29,6 +30,8 @@ from bench.errors import DataError
 
 #: bytes of pixels that are looked at together
 CHUNK = 2**20
+#: an array beyond so many bytes, packed to less than this share of them, is a bomb: photographs hardly pack at all
+LARGE, PACKED = 2**28, 200
 #: a label beyond this is somebody's id, not a class
 MOST_CLASSES = 2**16
 
@@ -101,7 +104,7 @@ def _inspected(path: Path) -> _Facts:
         labels = _labels(path, file, shape[0])
         classes = None
         if "classes" in file.files:
-            names = _header(file, "classes")
+            names = header(file, "classes")
             if names.dtype.kind != "U" or len(names.shape) != 1 or names.shape[0] < 2:
                 raise DataError(
                     f"{path}: `classes` must be two or more names, a text array (k,); "
@@ -137,7 +140,8 @@ def _opened(path: Path) -> Iterator[NpzFile]:
     try:
         if not zipfile.is_zipfile(path):
             raise DataError(f"{path} is no npz archive, or was cut short; write it again with numpy.savez")
-        with np.load(path, allow_pickle=False) as file:
+        # opened here: numpy leaves open what it cannot read
+        with path.open("rb") as raw, np.load(raw, allow_pickle=False) as file:
             for key in ("images", "labels"):
                 if f"{key}.npy" not in file.zip.namelist():
                     found = ", ".join(file.files) or "nothing"
@@ -167,16 +171,29 @@ class _Header:
     offset: int
 
 
-def _header(file: NpzFile, key: str) -> _Header:
+def header(file: NpzFile, key: str) -> _Header:
+    """What an array is, compared with the room that it takes: nothing is unpacked that its shape does not ask for.
+
+    Raises:
+        ValueError: the array claims another size than it has, or is packed as no images are.
+    """
     with _member(file, key) as member:
         old = np.lib.format.read_magic(member) == (1, 0)
         read = np.lib.format.read_array_header_1_0 if old else np.lib.format.read_array_header_2_0
-        return _Header(*read(member), member.tell())
+        found = _Header(*read(member), member.tell())
+    assert file.zip is not None, "the archive is closed"
+    info = file.zip.getinfo(f"{key}.npy")
+    claimed = math.prod(found.shape) * found.dtype.itemsize
+    if not found.dtype.hasobject and found.offset + claimed != info.file_size:
+        raise ValueError(f"`{key}` claims {claimed} bytes and has {info.file_size - found.offset}")
+    if info.file_size > LARGE and info.file_size > PACKED * info.compress_size:
+        raise ValueError(f"`{key}` unpacks {info.compress_size} bytes to {info.file_size}, as no images do")
+    return found
 
 
 def _shape(path: Path, file: NpzFile) -> tuple[int, int, int, int]:
     """`(n, h, w, c)` of the images."""
-    images = _header(file, "images")
+    images = header(file, "images")
     if images.dtype != np.uint8:
         remedy = "; for pixels in [0,1] that is numpy.rint(255 * images)" if images.dtype.kind == "f" else ""
         raise DataError(f"{path}: `images` are {images.dtype}; store them as uint8, 0 to 255{remedy}")
@@ -195,13 +212,13 @@ def _shape(path: Path, file: NpzFile) -> tuple[int, int, int, int]:
 
 def _labels(path: Path, file: NpzFile, n: int) -> np.ndarray:
     """The labels of `n` images, int64 `(n,)`."""
-    header = _header(file, "labels")
-    if header.dtype.kind not in "iu":
-        raise DataError(f"{path}: `labels` are {header.dtype}; they must be integers, 0 for the first class")
-    if len(header.shape) != 1:
-        raise DataError(f"{path}: `labels` must be one number per image, (n,); got {header.shape}")
-    if header.shape[0] != n:
-        raise DataError(f"{path} has {n} images and {header.shape[0]} labels; every image needs one")
+    header_ = header(file, "labels")
+    if header_.dtype.kind not in "iu":
+        raise DataError(f"{path}: `labels` are {header_.dtype}; they must be integers, 0 for the first class")
+    if len(header_.shape) != 1:
+        raise DataError(f"{path}: `labels` must be one number per image, (n,); got {header_.shape}")
+    if header_.shape[0] != n:
+        raise DataError(f"{path} has {n} images and {header_.shape[0]} labels; every image needs one")
     labels = file["labels"]
     if labels.min() < 0:
         raise DataError(f"{path} has the label {labels.min()}; labels count from 0")
@@ -218,14 +235,14 @@ def _chunks(path: Path) -> Iterator[np.ndarray]:
         n, h, w, c = _shape(path, file)
         size = h * w * c
         step = max(1, CHUNK // size)
-        header = _header(file, "images")
-        if header.fortran_order:
+        header_ = header(file, "images")
+        if header_.fortran_order:
             # an image's pixels lie far apart in such a file, so it has to be read as a whole
             whole = file["images"].reshape(n, h, w, c)
             yield from (whole[i : i + step] for i in range(0, n, step))
             return
         with _member(file, "images") as member:
-            member.read(header.offset)
+            member.read(header_.offset)
             for i in range(0, n, step):
                 pixels = member.read(min(step, n - i) * size)
                 yield np.frombuffer(pixels, np.uint8).reshape(-1, h, w, c)
