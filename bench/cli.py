@@ -12,7 +12,7 @@ from typing import Any, Literal, TypeVar
 
 import click
 
-from bench import __version__
+from bench import __version__, processes
 from bench.errors import BenchError, Interrupted, UsageError
 
 #: what `bench run` evaluates when it is told nothing: the mixture, and the plain network beside it
@@ -26,7 +26,7 @@ def main() -> None:
     code, line = 0, ""
     try:
         # not `commands(…)`: click would answer an interruption and a closed pipe in its own way
-        with commands.make_context("bench", sys.argv[1:]) as context:
+        with processes.joined(), commands.make_context("bench", sys.argv[1:]) as context:
             commands.invoke(context)
         sys.stdout.flush()
     except click.exceptions.Exit as error:
@@ -201,9 +201,12 @@ def run(
         **_arguments(**shared),
     )
     if explain:
-        click.echo(pipeline.explain_session(session))
+        if processes.rank() == 0:
+            click.echo(pipeline.explain_session(session))
         return
     records = pipeline.run_session(session)
+    if processes.rank():
+        return
     found = groups(records)
     doubtful = [record for record in records if record.verdict != "credible"]
     if as_json:
@@ -317,12 +320,15 @@ def train(explain: bool, as_json: bool, **shared: Any) -> None:
         raise UsageError("--json belongs to --explain; training prints the checkpoints' paths")
     arguments = _arguments(**shared)
     session = prepare(**arguments)
+    if explain and processes.rank():
+        return
     if explain:
         rows = pipeline.explain_training(session, arguments["recipe"], arguments["settings"])
         click.echo(json.dumps(rows, indent=2) if as_json else pipeline.training_told(rows))
         return
     for path in pipeline.train_session(session):
-        click.echo(path)
+        if processes.rank() == 0:
+            click.echo(path)
 
 
 @commands.command()
