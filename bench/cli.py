@@ -72,6 +72,9 @@ def commands(context: click.Context) -> None:
     """
     if context.invoked_subcommand is None:
         click.echo(context.get_help())
+    elif processes.rank() and context.invoked_subcommand not in ("run", "train"):
+        # nothing that several processes could do better than one
+        context.exit()
 
 
 def asked(train_only: bool) -> Callable[[Command], Command]:

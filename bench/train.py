@@ -235,12 +235,11 @@ class Loop:
         processes.barrier()
         if processes.rank():
             self.state = _read(self.file, self.model)
-            _agree(self.file, self.state)
             self.learning, self.checking = Work(**self.state.learning), Work(**self.state.checking)
             for stage, remembered in zip(self.stages, self.state.memory, strict=False):
                 stage.memory.clear()
                 stage.memory.update(remembered)
-        processes.barrier()
+        _agree(self.file, self.state)
 
     def stopped(self) -> bool:
         """Whether a stop was asked for, of any process that trains this network."""
