@@ -188,8 +188,7 @@ def run(
 
     A finished run is not run again; a stopped one goes on where it stopped.
     """
-    from bench import pipeline, plot, table
-    from bench.long import frame, groups
+    from bench import pipeline
     from bench.session import prepare
 
     session = prepare(
@@ -210,6 +209,9 @@ def run(
     records = pipeline.run_session(session)
     if processes.rank():
         return
+    from bench import plot, table
+    from bench.long import frame, groups
+
     found = groups(records)
     doubtful = [record for record in records if record.verdict != "credible"]
     if as_json:

@@ -34,6 +34,8 @@ T = TypeVar("T")
 SEEN_WITHIN = 90.0
 #: seconds between two looks at what the others have come to
 LOOK = 0.05
+#: seconds that process 0 stays for the others to hear of a failure, where torchrun keeps no store
+LINGER = 5.0
 #: a collective may wait as long as the slowest process computes; torchrun sees to those that died
 PATIENCE = timedelta(days=7)
 
@@ -85,10 +87,14 @@ def joined() -> Iterator[None]:
     if _team is not None or int(os.environ.get("WORLD_SIZE", 1)) <= 1 or "RANK" not in os.environ:
         yield
         return
-    _team = _find()
+    with _reaching():
+        _team = _find()
     try:
+        # one that fails, or ends, while another still makes its connections would break those
+        barrier()
         yield
-        _part()
+        # process 0, whose store the others may be asking, goes last
+        arrive()
     except BaseException as error:
         code = getattr(error, "exit_code", Interrupted.exit_code if _stops(error) else 1)
         # 0 is how click ends after --help
@@ -96,8 +102,8 @@ def joined() -> Iterator[None]:
             raise Elsewhere(code) from error
         raise
     finally:
-        _team = None
         _leave()
+        _team = None
 
 
 def _find() -> Team:
@@ -117,20 +123,19 @@ def _find() -> Team:
     return Team(place, size, store)
 
 
-def _part() -> None:
-    """Waits for the others; process 0, which may be the one whose store they ask, goes last."""
-    assert _team is not None
-    place = _team.place()
-    with _reaching():
-        _team.store.add(place, 1)
-    if _team.rank == 0:
-        _wait(lambda team: team.store.add(place, 0) == team.count)
-
-
 def _leave() -> None:
+    """Goes; where process 0 keeps the store, it gives the others a moment to read there how it all ended."""
     import torch.distributed as dist
 
-    # what cannot be taken down any more was taken down by the other side
+    assert _team is not None
+    # what cannot be reached or taken down any more was taken down by the other side
+    with suppress(RuntimeError):
+        gone = _team.store.add("bench/gone", 1)
+        until = time.monotonic() + LINGER
+        keeps = _team.rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
+        while keeps and gone < _team.count and time.monotonic() < until:
+            time.sleep(LOOK)
+            gone = _team.store.add("bench/gone", 0)
     with suppress(RuntimeError):
         dist.destroy_process_group()
 

@@ -1,5 +1,6 @@
 """Several processes at one piece of work, as torchrun would start them; forked, so that none imports torch anew."""
 
+import importlib
 import os
 import pickle
 import signal
@@ -13,8 +14,23 @@ from typing import Any, NamedTuple
 
 import torch
 
+from bench.cli import main
+
+# what commands import late is imported here, once for all children
+for late in (
+    "bench.pipeline",
+    "bench.plot",
+    "bench.table",
+    "sklearn.datasets",
+    "sklearn.model_selection",
+    "statsmodels.stats.contingency_tables",
+    "torch._dynamo",
+    "torchvision",
+):
+    importlib.import_module(late)
+
 #: seconds after which a team is taken to hang
-HANGS = 60.0
+HANGS = 300.0
 
 
 class Said(NamedTuple):
@@ -37,8 +53,6 @@ def command(count: int, arguments: list[str], folder: Path) -> list[Said]:
     """What `bench` with these arguments says in each of so many processes, and its exit codes."""
 
     def work(rank: int) -> None:
-        from bench.cli import main
-
         sys.argv = ["bench", *arguments]
         main()
 
