@@ -16,6 +16,7 @@ from __future__ import annotations
 import json
 import os
 import time
+import uuid
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -32,6 +33,8 @@ T = TypeVar("T")
 
 #: how long a file that another process has written may take to be seen: network file systems keep directories for a while
 SEEN_WITHIN = 90.0
+#: seconds within which all processes must have started
+TOGETHER_WITHIN = 600.0
 #: seconds between two looks at what the others have come to
 LOOK = 0.05
 #: seconds that process 0 stays for the others to hear of a failure, where torchrun keeps no store
@@ -111,7 +114,8 @@ def _find() -> Team:
     import torch.distributed as dist
     from torch.distributed.rendezvous import rendezvous
 
-    store, place, size = next(rendezvous("env://", timeout=timedelta(minutes=10)))
+    kept, place, size = next(rendezvous("env://", timeout=timedelta(seconds=TOGETHER_WITHIN)))
+    store = dist.distributed_c10d.PrefixStore(_attempt(kept, place, size), kept)
     backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
     dist.init_process_group(
         backend,
@@ -121,6 +125,36 @@ def _find() -> Team:
         timeout=PATIENCE,
     )
     return Team(place, size, store)
+
+
+def _attempt(store: Any, place: int, size: int) -> str:
+    """A name that only the processes of this attempt have: torchrun keeps its store, and what is in it, when it restarts them.
+
+    Every process calls a name of its own; process 0, whose name it will be, answers each of them. None that is dead does.
+
+    Raises:
+        Interrupted: not all come.
+    """
+    own, until = uuid.uuid4().hex, time.monotonic() + TOGETHER_WITHIN
+    answered: dict[int, str] = {}
+    if place:
+        store.set(f"bench/calls/{place}", own)
+    while time.monotonic() < until:
+        if place and store.check([f"bench/answers/{own}"]):
+            name: str = store.get(f"bench/answers/{own}").decode()
+            store.add(f"{name}/here", 1)
+            return name
+        if not place:
+            if store.add(f"{own}/here", 0) == size - 1:
+                return own
+            for other in range(1, size):
+                if store.check([f"bench/calls/{other}"]):
+                    called = store.get(f"bench/calls/{other}").decode()
+                    if answered.get(other) != called:
+                        store.set(f"bench/answers/{called}", own)
+                        answered[other] = called
+        time.sleep(LOOK)
+    raise Interrupted(f"not all of {size} processes have come within {TOGETHER_WITHIN:.0f} s")
 
 
 def _leave() -> None:
