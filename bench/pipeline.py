@@ -85,7 +85,8 @@ def run(
     """
     from bench.long import frame, groups
 
-    return frame(groups(run_session(prepare(defense, dataset, protocol, **asked))))
+    with processes.joined():
+        return frame(groups(run_session(prepare(defense, dataset, protocol, **asked))))
 
 
 def run_session(session: Session) -> list[Record]:

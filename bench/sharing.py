@@ -137,7 +137,11 @@ def _dropout(n: int, x: Tensor, p: float = 0.5, training: bool = True, inplace: 
     """torch's `dropout` on rows of a batch of n: drawn for the whole batch, as one process would."""
     if not training:
         return x
-    return x * F.dropout(x.new_ones((n, *x.shape[1:])), p)[_share(n)]
+    mine = _share(n)
+    # several rows of x may be one image's, such as one for each expert
+    each = len(x) // (mine.stop - mine.start)
+    drawn = F.dropout(x.new_ones((n * each, *x.shape[1:])), p)
+    return x * drawn[mine.start * each : mine.stop * each]
 
 
 def _batch_norm(
@@ -157,8 +161,9 @@ def _batch_norm(
     shape = (1, -1, *(1 for _ in x.shape[2:]))
     over = [d for d in range(x.dim()) if d != 1]
     h = x.float() if x.dtype in (torch.bfloat16, torch.float16) else x
+    mine = _share(n)
     # how many numbers there are to a channel: as many to each of the n images
-    number = n * (x.numel() // (len(x) * x.shape[1]))
+    number = n * (x.numel() // x.shape[1] // (mine.stop - mine.start))
     # a mean is whole, and is used on every process's rows
     (mean,) = _used(*_summed(h.sum(over) / number))
     h = h - mean.view(shape)

@@ -266,6 +266,19 @@ def test_a_loss_that_asks_a_part_of_the_network_by_itself_is_shared_too(tmp_path
     assert tried([stage(loss=parts)], Net, tmp_path) == [True]
 
 
+class TwoRowsAnImage(Net):
+    """Passes every image and its mirror image, one after the other."""
+
+    def forward(self, x):
+        both = torch.stack([x, x.flip(3)], 1).flatten(0, 1).double()
+        h = F.relu(self.bn(self.conv(both))).mean((2, 3))
+        return self.linear(self.dropout(h)).view(len(x), 2, -1).mean(1).to(x.dtype)
+
+
+def test_rows_that_are_several_to_an_image_share_their_statistics_and_draws(tmp_path):
+    assert tried([stage(), stage(batch_size=5)], TwoRowsAnImage, tmp_path) == [True, True]
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "name", [name for name, entry in registry.entries().items() if entry.module.startswith("defenses.")]
