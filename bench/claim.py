@@ -20,6 +20,7 @@ from pathlib import Path
 
 from filelock import FileLock, Timeout
 
+from bench import processes
 from bench.errors import UsageError
 from bench.record import UNDER_WAY, atomic, cannot_write
 
@@ -30,7 +31,9 @@ NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.E
 
 
 @contextmanager
-def claim(results: Path, folder: Path, say: Callable[[str], None]) -> Iterator[None]:
+def claim(
+    results: Path, folder: Path, say: Callable[[str], None], *, together: bool = False
+) -> Iterator[None]:
     """Has the folder of a run or a training to itself; waits while another process has it.
 
     What a killed process left half-written there is removed.
@@ -39,13 +42,13 @@ def claim(results: Path, folder: Path, say: Callable[[str], None]) -> Iterator[N
         results: the results folder.
         folder: below it; need not be there yet.
         say: hears whom is waited for.
+        together: whether all processes of this command work there; then their first one has it for all.
 
     Raises:
         UsageError: a link leads from the results folder to elsewhere, or it cannot be written.
     """
     _inside(results, folder)
-    if "TORCHELASTIC_RUN_ID" in os.environ and os.environ.get("RANK", "0") != "0":
-        # the workers of one launch are one asker, and their first one asks for all
+    if together and processes.rank():
         yield
         return
     name = hashlib.sha256(folder.relative_to(results).as_posix().encode()).hexdigest()[:16]

@@ -16,7 +16,7 @@ from typing import Any, Literal, TextIO, TypeVar
 
 import click
 
-from bench import __version__, completion
+from bench import __version__, completion, processes
 from bench.errors import BenchError, Interrupted, UsageError, meant
 
 #: what `bench run` evaluates when it is told nothing: the mixture, and the plain network beside it
@@ -38,7 +38,7 @@ def main() -> None:
         if completion.ASKED in os.environ:
             sys.exit(completion.answer(commands, os.environ[completion.ASKED]))
         # not `commands(…)`: click would answer an interruption and a closed pipe in its own way
-        with commands.make_context("bench", sys.argv[1:]) as context:
+        with processes.joined(), commands.make_context("bench", sys.argv[1:]) as context:
             commands.invoke(context)
         sys.stdout.flush()
     except click.exceptions.Exit as error:
@@ -125,6 +125,9 @@ def commands(context: click.Context) -> None:
     """
     if context.invoked_subcommand is None:
         click.echo(FIRST)
+    elif processes.rank() and context.invoked_subcommand not in ("run", "train"):
+        # nothing that several processes could do better than one
+        context.exit()
 
 
 def asked(train_only: bool) -> Callable[[Command], Command]:
@@ -251,8 +254,7 @@ def run(
 
     A finished run is not run again; a stopped one goes on where it stopped.
     """
-    from bench import pipeline, plot, table
-    from bench.long import frame, groups
+    from bench import pipeline
     from bench.session import prepare
 
     session = prepare(
@@ -267,9 +269,15 @@ def run(
         **_arguments(**shared),
     )
     if explain:
-        click.echo(pipeline.explain_session(session))
+        if processes.rank() == 0:
+            click.echo(pipeline.explain_session(session))
         return
     records = pipeline.run_session(session)
+    if processes.rank():
+        return
+    from bench import plot, table
+    from bench.long import frame, groups
+
     found = groups(records)
     doubtful = [record for record in records if record.verdict != "credible"]
     if as_json:
@@ -389,12 +397,15 @@ def train(explain: bool, as_json: bool, **shared: Any) -> None:
         raise UsageError("--json belongs to --explain; training prints the checkpoints' paths")
     arguments = _arguments(**shared)
     session = prepare(**arguments)
+    if explain and processes.rank():
+        return
     if explain:
         rows = pipeline.explain_training(session, arguments["recipe"], arguments["settings"])
         click.echo(json.dumps(rows, indent=2) if as_json else pipeline.training_told(rows))
         return
     for path in pipeline.train_session(session):
-        click.echo(path)
+        if processes.rank() == 0:
+            click.echo(path)
 
 
 @commands.command()

@@ -11,7 +11,8 @@
     ├── VoidRun                a run that must not become a number: NaN, crash, illegal perturbation
     │   ├── NonFinite          a model or a gradient that is NaN or infinite
     │   └── AttackCrash        an attack that raised; exit code 1
-    └── Interrupted            stopped by the user; state is kept, exit code 130
+    ├── Interrupted            stopped by the user; state is kept, exit code 130
+    └── Elsewhere              another process of this command failed, and has said why; nothing more to say, its exit code
 
 Anything else that escapes is a bug of ours: traceback, exit code 1.
 """
@@ -108,3 +109,11 @@ class Interrupted(BenchError):
     """Stopped by the user; what was finished is kept."""
 
     exit_code = 130
+
+
+class Elsewhere(BenchError):
+    """Another process of the same command has failed and said why: an empty line, and the same exit code."""
+
+    def __init__(self, exit_code: int) -> None:
+        super().__init__("")
+        self.exit_code = exit_code

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.nn.modules.module import register_module_forward_hook
 
 from bench.model import evaluating
+from bench.sharing import in_all
 from bench.types import Images
 
 
@@ -38,7 +39,7 @@ def counting(work: Work) -> Iterator[Work]:
     def count(layer: nn.Module, given: Any, output: Any) -> None:
         weight = getattr(layer, "weight", None)
         if isinstance(weight, Tensor) and weight.dim() > 1 and isinstance(output, Tensor):
-            amount = output.numel() * (weight.numel() // weight.shape[0])
+            amount = in_all(output.numel() * (weight.numel() // weight.shape[0]))
             if output.requires_grad:
                 work.graph += amount
             else:

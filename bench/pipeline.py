@@ -23,6 +23,7 @@ import numpy as np
 from torch import nn
 
 from bench import checkpoint as checkpoints
+from bench import processes
 from bench import record as records
 from bench.attacks.stored import digest
 from bench.audit.contract import Contract, contract, is_random
@@ -45,7 +46,16 @@ from bench.record import Asked, ProgramRecord, Record
 from bench.session import Job, Session, prepare, samples_of
 from bench.train import paces
 from bench.under_way import UnderWay
-from bench.weights import Weights, build, charging, naming_defense, precision_of, stages, weigh
+from bench.weights import (
+    Weights,
+    build,
+    charging,
+    naming_defense,
+    precision_of,
+    stages,
+    untrained,
+    weigh,
+)
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -77,22 +87,50 @@ def run(
     """
     from bench.long import frame, groups
 
-    return frame(groups(run_session(prepare(defense, dataset, protocol, **asked))))
+    with processes.joined():
+        return frame(groups(run_session(prepare(defense, dataset, protocol, **asked))))
 
 
 def run_session(session: Session) -> list[Record]:
     """The records of everything that was asked, run or found."""
-    records.writable(session.results)
-    # the images are read before hours are spent on training what could then not be evaluated
-    samples_of(session)
-    for job in session.jobs:
-        _refuse_plain(session, job, job.kind.random)
-    found = []
-    for job in session.jobs:
-        for seed in session.seeds:
-            weights = weigh(session, job, seed)
-            found += [evaluate(session, job, seed, weights, protocol) for protocol in session.protocols]
-    return found
+    with processes.joined():
+        records.writable(session.results)
+        processes.shared(session.results)
+        # the images are read before hours are spent on training what could then not be evaluated
+        samples_of(session)
+        for job in session.jobs:
+            _refuse_plain(session, job, job.kind.random)
+        if processes.count() > 1:
+            _train_all(session, [*session.jobs, *session.surrogates.values()])
+        found = []
+        for job in session.jobs:
+            for seed in session.seeds:
+                weights = weigh(session, job, seed)
+                found += [evaluate(session, job, seed, weights, protocol) for protocol in session.protocols]
+        processes.barrier()
+        return [_finished(folder) for folder in found]
+
+
+def _train_all(session: Session, jobs: Sequence[Job]) -> None:
+    """Trains what has no weights yet: a network to each process while there is one for every process, the rest together."""
+    places = [(place, seed) for place, _ in enumerate(jobs) for seed in session.seeds]
+    # what is done, the first process to look says for all
+    left = processes.agreed([p for p in places if untrained(_own(session, jobs, p), jobs[p[0]], p[1])])
+    apart = len(left) - len(left) % processes.count()
+    for _, (place, seed) in processes.share(left[:apart]):
+        weigh(_own(session, jobs, (place, seed)), jobs[place], seed)
+    processes.barrier()
+    for place, seed in left[apart:]:
+        weigh(_own(session, jobs, (place, seed)), jobs[place], seed, together=True)
+    for place, seed in left:
+        path = untrained(_own(session, jobs, (place, seed)), jobs[place], seed)
+        if path is not None:
+            processes.seen(path)
+
+
+def _own(session: Session, jobs: Sequence[Job], place: tuple[int, int]) -> Session:
+    """The session that a network is weighed in: a checkpoint is of the job, and not of what it is compared with."""
+    return session if jobs[place[0]] in session.jobs else dataclasses.replace(session, checkpoint=None)
 
 
 def _refuse_plain(session: Session, job: Job, random: bool) -> None:
@@ -111,11 +149,15 @@ def _refuse_plain(session: Session, job: Job, random: bool) -> None:
 
 def train_session(session: Session) -> list[Path]:
     """Trains what was asked; the checkpoints' paths."""
-    records.writable(session.results)
-    for job in session.jobs:
-        _refuse_untrained(session, job)
-    paths = [weigh(session, job, seed).path for job in session.jobs for seed in session.seeds]
-    return [path for path in paths if path is not None]
+    with processes.joined():
+        records.writable(session.results)
+        processes.shared(session.results)
+        for job in session.jobs:
+            _refuse_untrained(session, job)
+        if processes.count() > 1:
+            _train_all(session, session.jobs)
+        paths = [weigh(session, job, seed).path for job in session.jobs for seed in session.seeds]
+        return [path for path in paths if path is not None]
 
 
 def _refuse_untrained(session: Session, job: Job) -> None:
@@ -217,8 +259,10 @@ def check_session(session: Session) -> list[tuple[str, Contract]]:
 CHECKED = 64
 
 
-def evaluate(session: Session, job: Job, seed: int, weights: Weights, protocol: Protocol) -> Record:
-    """One defense under one protocol: the finished record, or the outcomes that make it.
+def evaluate(session: Session, job: Job, seed: int, weights: Weights, protocol: Protocol) -> Path:
+    """One defense under one protocol: the folder of its record, found there or made.
+
+    Of several processes each attacks the batches that it gets hold of; when all are done, process 0 makes the record of them.
 
     Raises:
         VoidRun: a NaN, a crash, an illegal perturbation, or a model that is no function of an image; why is kept beside
@@ -245,17 +289,18 @@ def evaluate(session: Session, job: Job, seed: int, weights: Weights, protocol: 
         code=weights.code,
     )
     folder = records.folder(session.results, asked)
-    finished = records.read(folder)
-    if finished is not None:
+    if processes.agreed(records.read(folder) is not None):
         session.say(f"{job.name}, {protocol.name}, seed {seed}: done before, {folder}")
-        if not (folder / "parts").exists():
-            return finished
-    with claim(session.results, folder, session.say):
+        if not processes.agreed((folder / "parts").exists()):
+            return folder
+    with claim(session.results, folder, session.say, together=True):
+        # process 0 has the claim for all
+        processes.barrier()
         # whoever was waited for may have finished it
-        finished = records.read(folder)
-        if finished is not None:
-            records.forget(folder / "parts")
-            return finished
+        if processes.agreed(records.read(folder) is not None):
+            if processes.rank() == 0:
+                records.forget(folder / "parts")
+            return folder
         return _measure(session, job, seed, weights, protocol, columns, surrogates, asked)
 
 
@@ -268,8 +313,8 @@ def _measure(
     columns: Sequence[Column],
     surrogates: Mapping[str, nn.Module],
     asked: Asked,
-) -> Record:
-    """The outcomes of what was asked, and the record that they make."""
+) -> Path:
+    """The outcomes of what was asked, and the record that they make; the folder of both."""
     data, n, folder = session.data, samples_of(session), records.folder(session.results, asked)
     started, began = datetime.now(timezone.utc), time.perf_counter()
     try:
@@ -281,6 +326,10 @@ def _measure(
             evaluator.prepare(programs, n, session.batch_size)
             _attack_all(evaluator, programs, parts, n, session, f"attacking {job.name}, {protocol.name}")
             evaluator.unchanged()
+            processes.arrive()
+            if processes.rank():
+                return folder
+            parts = _all_parts(parts, n)
     except VoidRun as error:
         why = Finding(code=error.code, severity="blocks", evidence=str(error), advice=VOID)
         records.void(folder, asked, [why])
@@ -318,9 +367,32 @@ def _measure(
         record = audit(evaluator, record, outcomes)
     records.finish(folder, record, outcomes)
     parts.remove()
-    again = records.read(folder)
-    assert again is not None
-    return again
+    return folder
+
+
+def _finished(folder: Path) -> Record:
+    """The record in the folder of a run that has ended."""
+    processes.seen(folder / "record.json")
+    record = records.read(folder)
+    assert record is not None
+    return record
+
+
+def _all_parts(parts: Parts, n: int) -> Parts:
+    """The batches of all processes, once those of other hosts are seen too.
+
+    Raises:
+        UsageError: some are not.
+    """
+    since = time.monotonic()
+    while len(parts.done()) < n:
+        if time.monotonic() - since > processes.SEEN_WITHIN:
+            raise UsageError(
+                f"only {len(parts.done())} of {n} images are seen in {parts.folder}; all hosts of a command must share the folder that --results names"
+            )
+        time.sleep(0.2 if parts.done().size else 0)
+        parts = Parts(parts.folder)
+    return parts
 
 
 #: what to do about a run that is void
@@ -365,7 +437,7 @@ def _surrogates(session: Session, columns: Sequence[Column], seed: int) -> dict[
 def _confirm(session: Session, job: Job, weights: Weights, evaluator: Evaluator) -> None:
     """Compares the clean accuracy that a checkpoint states with the one it has: on all test images, as it was stated."""
     loaded, n = weights.loaded, len(session.data.test)
-    if loaded is None or loaded.clean is None or weights.confirmed:
+    if loaded is None or loaded.clean is None or weights.confirmed or processes.rank():
         return
     right = 0.0
     with naming_defense(job), progress(f"clean accuracy of {job.name}", n, quiet=session.quiet) as meter:
@@ -380,14 +452,27 @@ def _confirm(session: Session, job: Job, weights: Weights, evaluator: Evaluator)
 def _attack_all(
     evaluator: Evaluator, programs: Sequence[Program], parts: Parts, n: int, session: Session, what: str
 ) -> None:
-    """Every image that no earlier call has finished, batch by batch, each put away when it is done."""
-    left = np.setdiff1d(np.arange(n), parts.done())
+    """Every image that no earlier call has finished, batch by batch, each put away when it is done.
+
+    The batches are those of one process, however many share them: what a random model draws, and how a sum is rounded, may
+    depend on which images go together.
+    """
+    left = np.array(processes.agreed(np.setdiff1d(np.arange(n), parts.done()).tolist()), dtype=int)
+    batches = [left[start : start + session.batch_size] for start in range(0, len(left), session.batch_size)]
+    if len(batches) < processes.count():
+        session.say(
+            f"{what}: {len(batches)} batches for {processes.count()} processes; a smaller --batch-size gives all of them work"
+        )
     try:
         with terminable(), progress(what, n, done=n - len(left), quiet=session.quiet) as meter:
             under_way = UnderWay(meter, programs)
             evaluator.begins = under_way.begins
-            for start in range(0, len(left), session.batch_size):
-                batch = evaluator.run(programs, left[start : start + session.batch_size])
+            told = 0
+            for number, index in processes.share(batches):
+                # those before this one are done or under way elsewhere
+                meter.advance(sum(len(batch) for batch in batches[told:number]))
+                told = number + 1
+                batch = evaluator.run(programs, index)
                 parts.add(batch)
                 under_way.ends(batch)
     except KeyboardInterrupt:

@@ -11,8 +11,8 @@ from typing import Any, Literal
 import torch
 
 from bench import data as datasets
+from bench import processes, registry
 from bench import protocol as protocols
-from bench import registry
 from bench.config import number, replaced
 from bench.data import Dataset
 from bench.defense import Defense
@@ -177,9 +177,10 @@ def prepare(
         precision=precision,
         surrogates=surrogates,
         results=Path(results),
-        quiet=quiet,
-        say=say or (lambda line: None),
-        ask=ask,
+        # of many processes one speaks
+        quiet=quiet or processes.rank() > 0,
+        say=say if say is not None and processes.rank() == 0 else lambda line: None,
+        ask=ask if processes.rank() == 0 else None,
     )
 
 
@@ -227,6 +228,8 @@ def _radius(eps: float | str | None) -> float | None:
 
 
 def _device(name: str) -> torch.device:
+    if processes.count() > 1 and name in ("auto", "cuda") and torch.cuda.is_available():
+        return _own_gpu(processes.local_rank())
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
@@ -237,6 +240,10 @@ def _device(name: str) -> torch.device:
         raise _no_device(name)
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
         raise UsageError(f"device {name!r} is not there; this machine has {torch.cuda.device_count()} GPUs")
+    if device.type == "cuda" and processes.count() > 1:
+        raise UsageError(
+            f"{name!r} names one GPU for {processes.count()} processes; --device cuda gives each its own"
+        )
     return device
 
 
@@ -244,3 +251,13 @@ def _no_device(name: str) -> UsageError:
     return UsageError(
         f"no device {name!r}; choose auto, cpu, cuda or cuda:0{meant(name, ('auto', 'cpu', 'cuda', 'cuda:0'))}"
     )
+
+
+def _own_gpu(place: int) -> torch.device:
+    """The GPU of this one of its machine's processes, which becomes the current one."""
+    if place >= torch.cuda.device_count():
+        raise UsageError(
+            f"this machine has {torch.cuda.device_count()} GPUs and at least {place + 1} processes; choose --nproc-per-node gpu, or --device cpu"
+        )
+    torch.cuda.set_device(place)
+    return torch.device("cuda", place)

@@ -24,7 +24,7 @@ class _Refused(pickle.UnpicklingError):
         super().__init__(str(message)[:SHORT])
 
 
-reader.UnpicklingError = _Refused  # type: ignore[assignment, misc, unused-ignore]
+vars(reader)["UnpicklingError"] = _Refused
 
 
 def tensors(file: Path | io.BytesIO) -> object:

@@ -15,7 +15,7 @@ import math
 import signal
 import threading
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field, fields
 from pathlib import Path
@@ -25,6 +25,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from bench import processes
 from bench.crafting import find_folds
 from bench.data import Dataset, Split
 from bench.defense import Defense, Stage
@@ -35,6 +36,7 @@ from bench.passes import Work, counting, one_pass
 from bench.progress import Meter, progress
 from bench.record import atomic
 from bench.rng import Rng
+from bench.sharing import shareable, sharing
 from bench.tensors import tensors
 from bench.types import Images
 
@@ -116,6 +118,8 @@ def train(
     precision: Precision = "fp32",
     quiet: bool = False,
     name: str = "model",
+    together: bool = False,
+    say: Callable[[str], None] = lambda line: None,
 ) -> Trained:
     """Trains the defense through all its stages; goes on where a training in the same folder stopped.
 
@@ -127,6 +131,8 @@ def train(
         device, precision: `bf16` runs losses under autocast.
         quiet: no progress.
         name: what progress calls it.
+        together: whether all processes of this command train this network, each on its share of every batch; all of them call.
+        say: hears of stages that cannot be shared.
 
     Raises:
         Interrupted: SIGINT or SIGTERM; the state is kept and the same call goes on from it.
@@ -139,7 +145,11 @@ def train(
     if not stages:
         return Trained(model, [], 0.0, model.state_dict())
     file = folder / "state.pt"
+    together = together and processes.count() > 1
+    shared = _shared(stages, model, data, device, name, say) if together else None
     state = _read(file, model)
+    if together:
+        _agree(file, state)
     for stage, remembered in zip(stages, state.memory, strict=False):
         stage.memory.update(remembered)
     kept, held = hold_out(data.train, data.classes)
@@ -162,9 +172,11 @@ def train(
             began=time.monotonic() - state.seconds,
             learning=Work(**state.learning),
             checking=Work(**state.checking),
+            shared=shared,
         )
         for number in range(state.stage, len(stages)):
             loop.run(number)
+    state = loop.state
     unit = one_pass(model, kept.batch(slice(0, 2), device)[0])
     passes, forwards, checks = (
         round(work / unit / len(kept), 3) if unit else None
@@ -206,8 +218,41 @@ class Loop:
     checking: Work
     saved: float = field(default_factory=time.monotonic)
     """when the state was last written"""
+    shared: Sequence[bool] | None = None
+    """which stages all processes train together, process 0 training the others alone; None for a training of this one"""
 
     def run(self, number: int) -> None:
+        """One stage, from the epoch and step where the state stands to its end."""
+        if self.shared is None:
+            self._stage(number)
+        elif self.shared[number]:
+            processes.alike(self.model.state_dict().values())
+            with sharing():
+                self._stage(number)
+        else:
+            self._stage_by_one(number)
+
+    def _stage_by_one(self, number: int) -> None:
+        """One stage trained by process 0; the others wait, and go on from its state."""
+        shared, self.shared = self.shared, None
+        if processes.rank() == 0:
+            self._stage(number)
+        self.shared = shared
+        processes.barrier()
+        if processes.rank():
+            self.state = _read(self.file, self.model)
+            self.learning, self.checking = Work(**self.state.learning), Work(**self.state.checking)
+            for stage, remembered in zip(self.stages, self.state.memory, strict=False):
+                stage.memory.clear()
+                stage.memory.update(remembered)
+        _agree(self.file, self.state)
+
+    def stopped(self) -> bool:
+        """Whether a stop was asked for, of any process that trains this network."""
+        asked = self.stop.is_set()
+        return asked if self.shared is None else processes.anyone(asked)
+
+    def _stage(self, number: int) -> None:
         """One stage, from the epoch and step where the state stands to its end."""
         stage, state = self.stages[number], self.state
         part = Part(self, number, stage)
@@ -234,7 +279,8 @@ class Loop:
         state.memory = [stage.memory for stage in self.stages]
         state.learning, state.checking = vars(self.learning), vars(self.checking)
         state.seconds = time.monotonic() - self.began
-        _write(self.file, state)
+        if self.shared is None or processes.rank() == 0:
+            _write(self.file, state)
         self.saved = time.monotonic()
 
     def obey(self, where: str) -> None:
@@ -243,7 +289,10 @@ class Loop:
         Raises:
             Interrupted: it was.
         """
-        if self.stop.is_set():
+        if self.stopped():
+            # before one of many tells the others to go, process 0 has written the state
+            if self.shared is not None:
+                processes.barrier()
             raise Interrupted(f"stopped {where}; the state is kept, the same command goes on from there")
 
 
@@ -281,7 +330,7 @@ class Part:
                 state.loss += value
                 state.step = step + 1
                 meter.advance(note=f"epoch {epoch + 1} of {self.stage.epochs}, loss {value:.3f}")
-                if loop.stop.is_set() and state.step < self.batches:
+                if state.step < self.batches and loop.stopped():
                     state.epoch = epoch
                     loop.save(self)
                     loop.obey(f"in {self.stage.name}, epoch {epoch + 1}")
@@ -484,6 +533,39 @@ def _read(path: Path, model: nn.Module) -> State:
             f"{path} belongs to another network; delete it to train from the start"
         ) from None
     return state
+
+
+def _shared(
+    stages: Sequence[Stage],
+    model: nn.Module,
+    data: Dataset,
+    device: torch.device | str,
+    name: str,
+    say: Callable[[str], None],
+) -> list[bool]:
+    """Which stages are trained by all processes together: found on untrained weights, so that a resumed training agrees."""
+    fresh = copy.deepcopy(model)
+    find_folds(fresh, data.train.batch(slice(0, 2), device)[0])
+    shared = [shareable(stage, fresh, data, device) for stage in stages]
+    for stage, holds in zip(stages, shared, strict=True):
+        if not holds:
+            say(
+                f"{name}: {stage.name} cannot be shared among processes so that it comes to the same; process 0 trains it alone"
+            )
+    return shared
+
+
+def _agree(path: Path, state: State) -> None:
+    """Sees that all processes read the same state.
+
+    Raises:
+        UsageError: they did not: they share no file system, or its caches are behind.
+    """
+    mine = [state.stage, state.epoch, state.step, len(state.history)]
+    if processes.anyone(processes.agreed(mine) != mine):
+        raise UsageError(
+            f"not all processes find the same training in {path.parent}; all hosts of a command must share the folder that --results names"
+        )
 
 
 def _restore(optimisers: Sequence[torch.optim.SGD], kept: Sequence[dict[str, Any]], path: Path) -> None:

@@ -17,8 +17,8 @@ from torch import nn
 
 import bench
 from bench import checkpoint as checkpoints
+from bench import processes, registry
 from bench import record as records
-from bench import registry
 from bench.claim import claim
 from bench.config import as_json, complaint
 from bench.data import Dataset
@@ -56,10 +56,11 @@ class Weights:
     """whether the accuracy that a checkpoint states was found on these images"""
 
 
-def weigh(session: Session, job: Job, seed: int) -> Weights:
+def weigh(session: Session, job: Job, seed: int, *, together: bool = False) -> Weights:
     """The network of a job with its weights: from the checkpoint given, from an earlier training, or trained now.
 
-    Which of a training's two networks it is, `session.weights` says.
+    Which of a training's two networks it is, `session.weights` says. What is trained now, is trained by all processes of this
+    command if they are `together`, and else by this one.
 
     Raises:
         CheckpointError: an earlier training kept the best epoch alone, and the last one is asked for.
@@ -82,13 +83,20 @@ def weigh(session: Session, job: Job, seed: int) -> Weights:
             raise CheckpointError(
                 f"{folder} keeps the best epoch alone; delete it to train again and keep the last"
             )
-        if seed == session.seeds[0]:
+        if seed == session.seeds[0] and job in session.jobs:
             for later in session.jobs[session.jobs.index(job) :]:
                 _try(session, later)
-        with claim(session.results, folder, session.say):
+        with claim(session.results, folder, session.say, together=together):
+            if together:
+                # process 0 has the claim for all
+                processes.barrier()
             # whoever was waited for may have trained it
-            if not path.is_file():
-                _train(session, job, seed, folder)
+            done = path.is_file()
+            if not (processes.agreed(done) if together else done):
+                _train(session, job, seed, folder, together)
+        if together:
+            processes.barrier()
+            processes.seen(path)
     if (folder / FILES["best"]).is_file():
         # one that was killed after it had finished may have left it
         (folder / "state.pt").unlink(missing_ok=True)
@@ -97,10 +105,21 @@ def weigh(session: Session, job: Job, seed: int) -> Weights:
     return Weights(model, _training_of(path, model), code, path)
 
 
-def _train(session: Session, job: Job, seed: int, folder: Path) -> None:
+def untrained(session: Session, job: Job, seed: int) -> Path | None:
+    """Where a network will lie that has yet to be trained; None where there is nothing to train, or it was done before."""
+    if session.checkpoint is not None or not stages(job, session.data):
+        return None
+    code = code_hash(job.kind, build(job, session.data, seed))
+    path = _training_folder(session, job, seed, code) / FILES[session.weights]
+    return None if path.is_file() else path
+
+
+def _train(session: Session, job: Job, seed: int, folder: Path, together: bool = False) -> None:
     """Trains a network into its folder."""
+    writes = not together or processes.rank() == 0
     with charging(job):
-        _announce(session, job)
+        if writes:
+            _announce(session, job)
         trained = train(
             job.defense,
             session.data,
@@ -110,7 +129,11 @@ def _train(session: Session, job: Job, seed: int, folder: Path) -> None:
             precision=precision_of(session, job),
             quiet=session.quiet,
             name=job.name,
+            together=together,
+            say=session.say,
         )
+    if not writes:
+        return
     # the best network is written last: a folder that has it is complete
     _save(folder, session, job, seed, trained, "last")
     _save(folder, session, job, seed, trained, "best")
