@@ -7,9 +7,11 @@ import sys
 from html.parser import HTMLParser
 
 import pytest
+from click.testing import CliRunner
 from made_up import found, paper_columns, run
 
 from bench import published, report
+from bench.cli import commands
 from bench.errors import UsageError
 from bench.long import groups
 from bench.record import Asked, ColumnRecord, Facts, folder, read_all, void
@@ -245,6 +247,14 @@ def test_it_says_what_is_wrong_with_the_places_it_is_given(tmp_path):
     with pytest.raises(UsageError, match="is a folder"):
         report.write(tmp_path, tmp_path)
     assert report.write(tmp_path) == tmp_path / "report.html"
+
+
+def test_the_command_writes_the_file_and_says_where(tmp_path):
+    run(tmp_path / "results")
+    out = tmp_path / "page.html"
+    done = CliRunner().invoke(commands, ["report", "--results", str(tmp_path / "results"), "--out", str(out)])
+    assert done.output == f"{out}\n"
+    assert out.read_text(encoding="utf-8").rstrip().endswith("</html>")
 
 
 def test_it_needs_no_torch(tmp_path):
