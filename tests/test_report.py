@@ -189,7 +189,9 @@ def test_attacks_that_decide_together_are_said_to(tmp_path):
 def test_a_diagnostic_decides_nothing(tmp_path):
     columns = [*paper_columns()[:2], ColumnRecord(name="bound", attack="every-expert", diagnostic=True)]
     run(tmp_path, {"fgsm-0.01": 150, "bound": 10}, columns=columns)
-    assert page(tmp_path).rows()[0]["data-decided"] == "fgsm-0.01"
+    (made,) = report.entries(tmp_path)
+    assert made.decided == "fgsm-0.01"
+    assert made.fell_to == (("fgsm-0.01", 50),)
 
 
 def test_what_the_paper_prints_stands_beside(tmp_path):
