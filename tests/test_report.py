@@ -7,9 +7,11 @@ import sys
 from html.parser import HTMLParser
 
 import pytest
+from click.testing import CliRunner
 from made_up import found, paper_columns, run
 
 from bench import published, report
+from bench.cli import commands
 from bench.errors import UsageError
 from bench.long import groups
 from bench.record import Asked, ColumnRecord, Facts, folder, read_all, void
@@ -187,7 +189,9 @@ def test_attacks_that_decide_together_are_said_to(tmp_path):
 def test_a_diagnostic_decides_nothing(tmp_path):
     columns = [*paper_columns()[:2], ColumnRecord(name="bound", attack="every-expert", diagnostic=True)]
     run(tmp_path, {"fgsm-0.01": 150, "bound": 10}, columns=columns)
-    assert page(tmp_path).rows()[0]["data-decided"] == "fgsm-0.01"
+    (made,) = report.entries(tmp_path)
+    assert made.decided == "fgsm-0.01"
+    assert made.fell_to == (("fgsm-0.01", 50),)
 
 
 def test_what_the_paper_prints_stands_beside(tmp_path):
@@ -245,6 +249,14 @@ def test_it_says_what_is_wrong_with_the_places_it_is_given(tmp_path):
     with pytest.raises(UsageError, match="is a folder"):
         report.write(tmp_path, tmp_path)
     assert report.write(tmp_path) == tmp_path / "report.html"
+
+
+def test_the_command_writes_the_file_and_says_where(tmp_path):
+    run(tmp_path / "results")
+    out = tmp_path / "page.html"
+    done = CliRunner().invoke(commands, ["report", "--results", str(tmp_path / "results"), "--out", str(out)])
+    assert done.output == f"{out}\n"
+    assert out.read_text(encoding="utf-8").rstrip().endswith("</html>")
 
 
 def test_it_needs_no_torch(tmp_path):

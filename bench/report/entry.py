@@ -13,7 +13,7 @@ import numpy as np
 
 from bench import published, registry
 from bench.block import doubt, remarks
-from bench.curves import line_of
+from bench.curves import PROTOCOL, line_of
 from bench.finding import Finding, merged
 from bench.long import WORST_CASE, Group, Measured
 from bench.per_class import block as per_class
@@ -101,6 +101,9 @@ def entry(group: Group, anchor: str, results: Path, registered: Mapping[str, reg
     asked = {column.name: column for column in first.columns}
     shown = {} if group.void else {column.name: column for column in group.columns}
     fell = [] if group.void else list(_fell_to(group))
+    paper = published.rows(first.asked.dataset) if group.protocol == PROTOCOL else {}
+    row = paper.get(first.published_as, {}) if first.published_as else {}
+    reports = list(published.reports(first.asked.dataset, first.asked.defense))
     return Entry(
         anchor=anchor,
         label=group.label,
@@ -118,7 +121,9 @@ def entry(group: Group, anchor: str, results: Path, registered: Mapping[str, reg
             Line(
                 measured=column,
                 asked=words.column(asked[column.name]) if column.name in asked else _derived(column),
-                beside=tuple(_printed(first, asked[column.name])) if column.name in asked else (),
+                beside=tuple(_printed(first, row, reports, asked[column.name]))
+                if column.name in asked
+                else (),
             )
             for column in group.columns
         ),
@@ -187,16 +192,19 @@ def _decided(group: Group) -> str:
     return f"{column.name} ({least.accuracy:.2f} % alone), with others"
 
 
-def _printed(record: Record, asked: ColumnRecord) -> Iterator[Beside]:
-    """What papers print for this column of this defense."""
-    if record.published_as and record.asked.protocol["name"] == "dwf-paper":
-        setting = asked.epsilon if asked.attack == "fgsm" else asked.steps
-        row = published.rows(record.asked.dataset).get(record.published_as, {})
-        one = row.get((asked.attack, round(float(setting or 0), 6)))
-        if one is not None:
-            source = f"{record.published_as}, arXiv 2512.20821 v2, Table 3"
-            yield Beside(accuracy=one.accuracy, std=one.std, source=source)
-    for report in published.reports(record.asked.dataset, record.asked.defense):
+def _printed(
+    record: Record,
+    row: Mapping[tuple[str, float], published.Printed],
+    reports: Sequence[published.Report],
+    asked: ColumnRecord,
+) -> Iterator[Beside]:
+    """What papers print for this column of this defense: in the row of Table 3, and in what is reported elsewhere."""
+    setting = asked.epsilon if asked.attack == "fgsm" else asked.steps
+    one = row.get((asked.attack, round(float(setting or 0), 6)))
+    if one is not None:
+        source = f"{record.published_as}, arXiv 2512.20821 v2, Table 3"
+        yield Beside(accuracy=one.accuracy, std=one.std, source=source)
+    for report in reports:
         said = report.of(asked)
         if said is not None:
             source = f"{report.name} ({report.architecture}), eps {report.eps}: {said.source}"
