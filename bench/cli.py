@@ -34,6 +34,8 @@ def main() -> None:
     # what a scheduler sends before it kills is what Ctrl-C is
     before = signal.signal(signal.SIGTERM, _interrupted)
     try:
+        if any("\0" in word for word in sys.argv):
+            raise UsageError("a word of the command holds a zero byte; no name and no path has one")
         # not `commands(…)`: click would answer an interruption and a closed pipe in its own way
         with commands.make_context("bench", sys.argv[1:]) as context:
             commands.invoke(context)

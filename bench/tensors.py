@@ -24,7 +24,7 @@ class _Refused(pickle.UnpicklingError):
         super().__init__(str(message)[:SHORT])
 
 
-reader.UnpicklingError = _Refused  # type: ignore[assignment, misc, unused-ignore]
+setattr(reader, "UnpicklingError", _Refused)  # noqa: B010
 
 
 def tensors(file: Path | io.BytesIO) -> object:
