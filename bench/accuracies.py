@@ -361,6 +361,9 @@ _EOT = re.compile(r"\beot[ =:-]*(\d+)")
 
 def question(heading: str) -> Cell | None:
     """The attack that a heading names, a cell without a value; None where it is not understood."""
+    if len(heading) > 200:
+        # no heading is that long, and the expressions below take the square of its length
+        return None
     text = heading.lower().translate(str.maketrans("_×εℓ", " xel")).replace("∞", "inf")
     text = re.sub(r"\be\s*=", "eps=", text)
     norm = eps = steps = restarts = None
