@@ -354,13 +354,16 @@ _NORM = re.compile(r"\bl[ -]?(inf|2)(?![a-z0-9])")
 _EPS = re.compile(
     r"(?:\b(?:eps(?:ilon)?|radius)\s*[=:]?\s*(\d*\.?\d+)(?:\s*/\s*255)?|(\d*\.?\d+)\s*/\s*255|(\d*\.\d+))"
 )
-_TIMES = re.compile(r"(\d+)\s*x\s*(\d+)")
-_RESTARTS = re.compile(r"(\d+)[ -]*(?:re)?starts?\b|\b(?:re)?starts?\s*[=:]?\s*(\d+)")
+_TIMES = re.compile(r"(\d{1,12})\s*x\s*(\d{1,12})")
+_RESTARTS = re.compile(r"(\d{1,12})[ -]*(?:re)?starts?\b|\b(?:re)?starts?\s*[=:]?\s*(\d{1,12})")
 _EOT = re.compile(r"\beot[ =:-]*(\d+)")
 
 
 def question(heading: str) -> Cell | None:
     """The attack that a heading names, a cell without a value; None where it is not understood."""
+    if len(heading) > 200:
+        # no heading is that long, and the expressions below take the square of its length
+        return None
     text = heading.lower().translate(str.maketrans("_×εℓ", " xel")).replace("∞", "inf")
     text = re.sub(r"\be\s*=", "eps=", text)
     norm = eps = steps = restarts = None
@@ -379,7 +382,11 @@ def question(heading: str) -> Cell | None:
         text = _without(text, match, "eot")
     words = set(re.findall(r"[^\W\d_]+(?:&[^\W\d_]+)?", text))
     attack = next((attack for named, attack in _ATTACKS if named <= words), None)
-    numbers = [int(digits) for digits in re.findall(r"\d+", text)]
+    said = re.findall(r"\d+", text)
+    if any(len(digits) > 9 for digits in (*said, str(steps or ""), str(restarts or ""))):
+        # nobody takes a milliard steps
+        return None
+    numbers = [int(digits) for digits in said]
     strange = [word for word in words - _NAMING if not _FILLING.fullmatch(word)]
     if attack is None or strange or len(numbers) > (attack != "clean" and steps is None):
         return None

@@ -35,6 +35,8 @@ def main() -> None:
     # what a scheduler sends before it kills is what Ctrl-C is
     before = signal.signal(signal.SIGTERM, _interrupted)
     try:
+        if any("\0" in word for word in sys.argv):
+            raise UsageError("a word of the command holds a zero byte; no name and no path has one")
         if completion.ASKED in os.environ:
             sys.exit(completion.answer(commands, os.environ[completion.ASKED]))
         # not `commands(…)`: click would answer an interruption and a closed pipe in its own way
