@@ -335,7 +335,7 @@ def audit(run_: str, results: Path, strict: bool, as_json: bool) -> None:
     if not as_json and record is not None and record.audited is not None:
         cost = record.audited
         click.echo(
-            f"probed {cost.images} images, {100 * cost.share:.1f} % of the run's own passes, {cost.seconds:.1f} s"
+            f"probed {cost.images} images, {100 * cost.share:.1f} % of the passes that the outcomes stand for, {cost.seconds:.1f} s"
         )
     if strict and come_to != "credible":
         raise UsageError(f"--strict: the run is {come_to}")

@@ -193,7 +193,7 @@ class Audited(BaseModel):
     forwards: int
     seconds: float
     share: float
-    """of the run's own passes"""
+    """of the passes that the run's outcomes stand for: those taken, and those of steps whose result PGD knew"""
 
 
 class Record(BaseModel):

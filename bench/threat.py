@@ -64,14 +64,15 @@ class Linf:
 
     def project(self, x_adv: Images, x: Images) -> Images:
         """`x_adv` clamped to `x ± eps` and to [0,1]."""
-        return torch.clamp(x_adv, *self._bounds(x))
+        return torch.clamp(x_adv, *self.bounds(x))
 
     def projection(self, x: Images) -> Callable[[Images], Images]:
         """The same with bounds that are computed once; it overwrites the images."""
-        low, high = self._bounds(x)
+        low, high = self.bounds(x)
         return lambda x_adv: x_adv.clamp_(low, high)
 
-    def _bounds(self, x: Images) -> tuple[Images, Images]:
+    def bounds(self, x: Images) -> tuple[Images, Images]:
+        """The least and the greatest value that each pixel of `x` may take."""
         return (x - self.eps).clamp_min_(0), (x + self.eps).clamp_max_(1)
 
     def random_start(self, x: Images, rng: Rng) -> Images:

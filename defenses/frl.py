@@ -137,9 +137,9 @@ class EachOwn(Linf):
 
     radii: Tensor = field(kw_only=True)
 
-    def project(self, x_adv: Images, x: Images) -> Images:
-        """`x_adv` clamped to `x ± radii` and to [0,1]."""
-        return torch.clamp(torch.minimum(torch.maximum(x_adv, x - self.radii), x + self.radii), 0, 1)
+    def bounds(self, x: Images) -> tuple[Images, Images]:
+        """`x ± radii`, within [0,1]."""
+        return (x - self.radii).clamp_min(0), (x + self.radii).clamp_max(1)
 
 
 def weights(multipliers: Tensor) -> Tensor:

@@ -108,7 +108,7 @@ def test_a_file_system_without_locks_is_said_and_the_work_is_done(tmp_path, one,
 
 def test_workers_of_one_launch_are_one_asker(tmp_path, one, elsewhere, monkeypatch):
     monkeypatch.setattr(processes, "rank", lambda: 3)
-    with claim(tmp_path, one, print):
+    with claim(tmp_path, one, print, together=True):
         pass
 
 

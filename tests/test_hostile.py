@@ -532,11 +532,11 @@ def test_html_in_a_defenses_name_is_text_in_a_page_made_of_the_table(tmp_path, l
     ["\\input{/etc/passwd}", "\\write18{rm x}", "\\end{tabular}\\def\\x{}", "^^5cinput{x}", "$\\catcode`\\%"],
 )
 def test_a_latex_command_in_a_label_is_text(tmp_path, attack, layout):
-    from bench.typeset import _latex
+    from bench.typeset import tex
 
     made_up.run(tmp_path, n=10, defense=attack, findings=[made_up.found(attack)])
     text = render(tmp_path, format="latex", layout=layout)
-    shown = _latex(attack)
+    shown = tex(attack)
     for command in ("\\input", "\\write", "\\end{tabular}\\def", "\\catcode", "^^"):
         assert command not in shown and (command not in text or command == "\\input")
     assert "\\input{/etc" not in text
@@ -570,32 +570,6 @@ def test_records_of_an_older_schema_are_refused_with_a_sentence(files):
     assert "is no record of schema 2" in hostile.told(lambda: action(json.dumps(older).encode()))
     newer = json.loads(seed) | {"schema_version": 3}
     assert "is no record of schema 2" in hostile.told(lambda: action(json.dumps(newer).encode()))
-
-
-def test_no_command_reaches_for_the_network_unless_a_download_is_asked_for(tmp_path, monkeypatch):
-    def refuse(*words, **more):
-        raise AssertionError("a socket was opened")
-
-    monkeypatch.setattr(socket, "socket", refuse)
-    monkeypatch.setattr(socket, "create_connection", refuse)
-    monkeypatch.setattr(socket, "getaddrinfo", refuse)
-    monkeypatch.chdir(tmp_path)
-    asked = {"name": "dwf-paper", "norm": "Linf", "eps": 0.1, "success": "last"}
-    made_up.run(tmp_path / "results", n=10, protocol=asked)
-    for words in (
-        ["list"],
-        ["table"],
-        ["table", "--published"],
-        ["audit", "dwf"],
-        ["check", "resnet20"],
-        ["plot"],
-    ):
-        code, _, err = hostile.command(*words)
-        assert code == 0, (words, err)
-    code, _, err = hostile.command(
-        "run", "--defense", "resnet20", "--samples", "2", "--explain", "--protocol", "quick"
-    )
-    assert code == 0, err
 
 
 @pytest.mark.parametrize("told", ["#sha256=" + "0" * 64, "-00000000.pth"])

@@ -124,3 +124,18 @@ def test_a_random_model_is_another_run_with_another_batch_size_even_by_single_dr
         )
         keys |= {record.asked.key for record in pipeline.run_session(session)}
     assert len(keys) == 2
+
+
+def test_iterates_that_settle_do_not_spare_a_model_the_audit(tmp_path, monkeypatch):
+    monkeypatch.setattr(registry, "_registered", {**registry._registered})
+    registry.register("specimen")(lambda data: zoo.ZOO["linear"].build())
+    session = prepare("specimen", "digits", "quick", samples=60, eps=0.01, results=tmp_path, quiet=True)
+    (record,) = pipeline.run_session(session)
+    outcomes = record.outcomes()
+    held = {name: int(rows.robust.sum()) for name, rows in outcomes.groupby("column")}
+    # PGD-50 with two losses on a hyperplane goes round at once; what counts are all fifty steps of what stood to the end
+    taken = sum(program.gradients for program in record.programs)
+    whole = 50 * (held["pgd-50"] + held["pgd-50-margin"])
+    assert taken < whole / 2
+    cost = 3 * record.audited.gradients + record.audited.forwards
+    assert cost / record.audited.share >= 3 * whole

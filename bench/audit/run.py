@@ -24,15 +24,38 @@ from bench.threat import threat_model
 if TYPE_CHECKING:
     from bench.evaluate import Evaluator
 
-#: the share of a run's own passes that looking for doubts may cost
+#: the share of the passes that a run's outcomes stand for that looking for doubts may cost
 SHARE = 0.15
 #: what a gradient costs in forward passes
 GRADIENT = 3
+#: how the programs begin that may stop asking for gradients
+PGD = "pgd"
 #: the most images that are looked at
 IMAGES = 128
 #: the forward passes that the gradient checks take for an image: 8 directions, two step sizes, both sides, in float64
 DIRECTIONS = 8
 PER_IMAGE = 2 * 4 * DIRECTIONS + 4 * GRADIENT
+
+
+def stood_for(record: Record, seen: Outcomes) -> int:
+    """Forward passes that the outcomes stand for, a gradient counting three.
+
+    They are those that were taken, and those that PGD knew the end of, since its iterates went round. The second count too: a
+    masked model is one whose iterates soon settle, and it is not to be looked at less for that.
+    """
+    columns = {column.name: column for column in record.columns}
+    total = 0
+    for program in record.programs:
+        whole = [
+            int(seen.robust[column.name].sum())
+            * (column.steps or 0)
+            * (column.restarts or 1)
+            * (column.eot or 1)
+            for column in map(columns.__getitem__, program.columns)
+            if program.name.startswith(PGD)
+        ]
+        total += GRADIENT * max([program.gradients, *whole]) + program.forwards
+    return total
 
 
 def audit(evaluator: Evaluator, record: Record, outcomes: bytes) -> Record:
@@ -46,7 +69,7 @@ def audit(evaluator: Evaluator, record: Record, outcomes: bytes) -> Record:
     began = time.perf_counter()
     file = pq.ParquetFile(pa.BufferReader(outcomes), pre_buffer=False)
     seen = Outcomes.read(file.read(use_threads=False).to_pandas(), record)
-    spent = sum(GRADIENT * program.gradients + program.forwards for program in record.programs)
+    spent = stood_for(record, seen)
     # a tenth is kept back: judging what a step seems to have broken comes on top of what a probe states
     budget = int(0.9 * SHARE * spent)
     found: list[Finding] = []
