@@ -241,8 +241,8 @@ def test_eight_processes_that_are_asked_the_same_do_it_once(tmp_path):
     assert [process.returncode for process in processes] == [0] * 8, said
     assert len({out for out, _ in said}) == 1 and json.loads(said[0][0])
     steps = (tmp_path / "steps.txt").read_text().split()
-    # an epoch of the 1,437 digits that train, less those held out, has ten batches of 128
-    assert len(set(steps)) == 1 and len(steps) % 8 == 0
+    # eight epochs of ten batches of 128, and a few steps before them that tell how long it will take
+    assert len(set(steps)) == 1 and 80 <= len(steps) < 160
     assert sum("works on" in err for _, err in said) >= 1
     (record,) = read_all(tmp_path / "results")
     assert not (record._folder / "parts").exists()
