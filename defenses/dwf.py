@@ -29,7 +29,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import partial
-from typing import Annotated
+from typing import Annotated, Literal
 
 import torch
 from pydantic import Field
@@ -45,7 +45,7 @@ from bench.crafting import crafting
 from bench.data import Dataset
 from bench.defense import Defense, Stage
 from bench.errors import UsageError
-from bench.model import Normalize
+from bench.model import Normalize, evaluating
 from bench.moe import Experts, each_loss
 from bench.registry import register
 from bench.rng import Rng
@@ -61,14 +61,17 @@ StepCounts = Annotated[tuple[AtLeastOne, ...], Field(min_length=1)]
 class Config:
     """Radii and `step_size` in pixel units; `eps` is PGD's, by default the dataset's, `step_size` a quarter of it.
 
-    `mix_clean` shows FGSM experts the second half of each batch as it is.
+    `mix_clean` shows FGSM experts the second half of each batch as it is. Two ablations: with `gate="uniform"` every expert
+    weighs the same, and with `frozen_experts` the second phase trains the gate alone.
     """
 
     benign: Whole = 1
     fgsm: Whole = 4
     pgd: Whole = 4
     width: AtLeastOne = 64
+    gate: Literal["soft", "uniform"] = "soft"
     gate_width: AtLeastOne = 128
+    frozen_experts: bool = False
     mix_clean: bool = False
     fgsm_eps: Radii = (0.01, 0.02, 0.03, 0.04, 0.05, 0.06, 0.07, 0.08, 0.09)
     pgd_steps: StepCounts = (10, 20, 30, 40, 50)
@@ -96,21 +99,26 @@ class Mixture(nn.Module):
             partial(resnet18, channels=channels, classes=len(data.classes), width=config.width),
             self.experts_count,
         )
-        self.gating = nn.Sequential(
-            nn.AdaptiveAvgPool2d(8),
-            nn.Flatten(),
-            nn.Linear(64 * channels, config.gate_width),
-            nn.ReLU(),
-            nn.Linear(config.gate_width, self.experts_count),
+        self.gating = (
+            nn.Sequential(
+                nn.AdaptiveAvgPool2d(8),
+                nn.Flatten(),
+                nn.Linear(64 * channels, config.gate_width),
+                nn.ReLU(),
+                nn.Linear(config.gate_width, self.experts_count),
+            )
+            if config.gate == "soft"
+            else None
         )
 
     def forward(self, x: Images) -> Logits:
         """Σᵢ wᵢ fᵢ: `(b, c, h, w)` to `(b, k)` (eq. 1)."""
-        weights = self.gate(x).softmax(1)
-        return torch.einsum("be,bek->bk", weights, self.all_outputs(x))
+        return mixed(self.gate(x), self.all_outputs(x))
 
     def gate(self, x: Images) -> Tensor:
-        """Scores `(b, e)`; their softmax weighs the experts (eq. 2)."""
+        """Scores `(b, e)`; their softmax weighs the experts (eq. 2). All 0 where the gate is uniform."""
+        if self.gating is None:
+            return x.new_zeros(len(x), self.experts_count)
         scores: Tensor = self.gating(self.normalize(x))
         return scores
 
@@ -153,9 +161,13 @@ class DWF(Defense[Config]):
         """The mixture, untrained.
 
         Raises:
-            UsageError: there is no expert.
+            UsageError: there is no expert, or nothing for the second phase to train.
         """
         c = self.config
+        if c.gate == "uniform" and c.frozen_experts:
+            raise UsageError(
+                "a uniform gate over frozen experts leaves nothing to train end to end; set one of gate and frozen_experts"
+            )
         if c.benign + c.fgsm + c.pgd == 0:
             raise UsageError("a mixture needs an expert; set at least one of benign, fgsm and pgd above 0")
         return Mixture(self.config, data)
@@ -177,7 +189,13 @@ class DWF(Defense[Config]):
                 x_fgsm = fgsm(model, x, y, Linf(rng.at("eps").choice(c.fgsm_eps)))
                 k = rng.at("k").choice(c.pgd_steps)
                 x_pgd = pgd(model, x, y, threat, rng=rng.at("pgd"), steps=k, step_size=c.step_size)
-            return F.cross_entropy(model(torch.cat([x, x_fgsm, x_pgd])), y.repeat(3))
+            images, labels = torch.cat([x, x_fgsm, x_pgd]), y.repeat(3)
+            if not c.frozen_experts:
+                return F.cross_entropy(model(images), labels)
+            assert isinstance(model, Mixture)
+            with evaluating(model.experts), torch.no_grad():
+                outputs = model.all_outputs(images)
+            return F.cross_entropy(mixed(model.gate(images), outputs), labels)
 
         return [
             Stage(
@@ -196,9 +214,15 @@ class DWF(Defense[Config]):
                 batch_size=c.batch_size,
                 lr=c.joint_lr,
                 weight_decay=c.weight_decay,
+                groups=(lambda model: [list(model.gating.parameters())]) if c.frozen_experts else None,  # type: ignore[union-attr]
                 select="robust",
             ),
         ]
+
+
+def mixed(scores: Tensor, outputs: Tensor) -> Logits:
+    """Σᵢ wᵢ fᵢ (eq. 1) of scores `(b, e)` and the experts' logits `(b, e, k)`."""
+    return torch.einsum("be,bek->bk", scores.softmax(1), outputs)
 
 
 def own_images(model: Mixture, x: Images, y: Labels, c: Config, threat: Linf, rng: Rng) -> Tensor:
