@@ -176,7 +176,7 @@ def do(scale: Scale, stage: Stage, **where: Any) -> str:
     records = run_session(session)
     group = groups(records)[0]
     last = group.columns[-1]
-    return f"{last.name} {100 * last.accuracy:.2f} %, {records[0].verdict}, {records[0].where.seconds:.0f} s"
+    return f"{last.name} {last.accuracy:.2f} %, {records[0].verdict}, {records[0].where.seconds:.0f} s"
 
 
 def keep(results: Path, out: Path) -> int:
