@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
 import numpy as np
+import pyarrow as pa
 import torch
 from torch import Tensor, nn
 
@@ -26,7 +27,7 @@ from bench.fast import Fast, Precision, fast
 from bench.finding import verdict
 from bench.judge import Cost, Judge, before_any_attack, exact_arithmetic, seeded
 from bench.model import LogProbabilities
-from bench.moe import as_mixture
+from bench.moe import RoutedModel, as_mixture
 from bench.outcome import Batch, Outcome
 from bench.plan import Program
 from bench.protocol import EIGHT_BIT, Column
@@ -34,6 +35,7 @@ from bench.rng import Rng
 from bench.threat import threat_model
 from bench.trial import Found, Trial, rounded
 from bench.types import Images, Labels, Model
+from bench.usage import ATTACKED, CLEAN, used
 
 #: how many pixels a CPU takes gradients of in one pass; of half the bytes each, twice as many
 PIXELS_AT_ONCE = 65536
@@ -196,7 +198,9 @@ class Evaluator:
         columns = [column for program in programs for column in program.columns]
         batch = Batch(index, y.cpu().numpy(), columns={column.name: column for column in columns})
         radius = next((column.eps for column in columns if column.family == EIGHT_BIT), None)
-        # the images found at the radius, for whoever wants them rounded
+        if radius is None and self.mixture is not None:
+            radius = columns[-1].eps
+        # the images found at the radius, for whoever wants them rounded, or the experts asked about them
         found = None if radius is None else Found(x)
         with exact_arithmetic():
             for program in sorted(programs, key=lambda program: program.first.family == EIGHT_BIT):
@@ -211,7 +215,26 @@ class Evaluator:
                     torch.cuda.synchronize(self.device)
                 cost.seconds = time.perf_counter() - started
                 batch.costs[program.name] = cost
+            if self.mixture is not None and found is not None:
+                batch.experts = self._experts(self.mixture, x, y, batch, found)
         return batch
+
+    def _experts(self, mixture: RoutedModel, x: Images, y: Labels, batch: Batch, found: Found) -> pa.Table:
+        """What the experts make of the clean images, and of what became of those that were attacked."""
+        rows = batch.outcomes["clean"].robust.nonzero().flatten()
+        attacked = found.images[rows], y[rows], batch.index[rows.cpu().numpy()]
+        address = (self.seed, "experts", int(batch.index[0])) if self.draws else None
+        try:
+            with seeded(address, 0, self.device):
+                clean = used(mixture, x, y, batch.index, CLEAN, self.judged_at_once)
+                return pa.concat_tables([clean, used(mixture, *attacked, ATTACKED, self.judged_at_once)])
+        except BenchError:
+            raise
+        except Exception as error:
+            raise AttackCrash(
+                f"run void: asked for its gate and its experts, the mixture raised {type(error).__name__}: {error} "
+                f"(among images {batch.index[0]}…{batch.index[-1]})"
+            ) from error
 
     def _answer(
         self,

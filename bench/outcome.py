@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 import numpy as np
+import pyarrow as pa
 import torch
 from torch import Tensor
 
@@ -76,3 +77,5 @@ class Batch:
     costs: dict[str, Cost] = field(default_factory=dict)
     columns: dict[str, Column] = field(default_factory=dict)
     """what was asked, by name"""
+    experts: pa.Table | None = None
+    """of a mixture: what each expert did, as `bench.usage` tells it"""

@@ -17,6 +17,8 @@ from bench.errors import UsageError
 from bench.judge import Cost
 from bench.outcome import Batch, Outcome
 from bench.record import atomic, forget
+from bench.usage import SCHEMA as EXPERTS
+from bench.usage import in_order
 
 SCHEMA = pa.schema(
     [
@@ -62,8 +64,12 @@ class Parts:
         for name in ("prediction", "robust", "restart", "step", "share", "selected"):
             rows[name] = np.concatenate([_values(batch.outcomes[column], name) for column in columns])
         arrays = [pa.array(rows[field.name]).cast(field.type) for field in SCHEMA]
-        costs = json.dumps({name: asdict(cost) for name, cost in batch.costs.items()})
-        table = pa.Table.from_arrays(arrays, schema=SCHEMA.with_metadata({"costs": costs}))
+        also: dict[str, str | bytes] = {
+            "costs": json.dumps({name: asdict(cost) for name, cost in batch.costs.items()})
+        }
+        if batch.experts is not None:
+            also["experts"] = _bytes(batch.experts)
+        table = pa.Table.from_arrays(arrays, schema=SCHEMA.with_metadata(also))
         content = _bytes(table)
         atomic(
             self.folder
@@ -92,6 +98,19 @@ class Parts:
         names = pa.DictionaryArray.from_arrays(pa.array(column[order], pa.int16()), pa.array(list(columns)))
         table = table.set_column(table.schema.get_field_index("column"), "column", names)
         return _bytes(table.combine_chunks())
+
+    def experts(self) -> bytes | None:
+        """What each expert of a mixture did, all images as one parquet file; None where a batch does not tell."""
+        found, seen = [], np.array([], dtype=int)
+        for table in self._tables:
+            raw = (table.schema.metadata or {}).get(b"experts")
+            if raw is None:
+                return None
+            rows = _table(raw)
+            # as of outcomes, one copy of what two processes finished is enough
+            found.append(rows.filter(pa.array(~np.isin(rows["index"].to_numpy(), seen))))
+            seen = np.union1d(seen, table["index"].to_numpy())
+        return _bytes(in_order(found)) if found else None
 
     def costs(self) -> dict[str, Cost]:
         """What every program cost over all batches."""
@@ -131,11 +150,13 @@ def _read(file: Path) -> pa.Table | None:
         raw = file.read_bytes()
         if file.stem.rpartition("-")[2] != _seal(raw):
             return None
-        table = pq.ParquetFile(pa.BufferReader(raw), pre_buffer=False).read(use_threads=False)
-        table.validate(full=True)
+        table = _table(raw)
         costs = json.loads((table.schema.metadata or {})[b"costs"])
         for cost in costs.values():
             Cost(**cost)
+        told = table.schema.metadata.get(b"experts")
+        if told is not None and not _table(told).schema.equals(EXPERTS):
+            return None
     except (pa.ArrowException, OSError, LookupError, ValueError, TypeError, AttributeError, RecursionError):
         return None
     return table if table.schema.equals(SCHEMA) and len(table) and not _gaps(table) else None
@@ -149,6 +170,13 @@ def _seal(content: bytes) -> str:
 def _gaps(table: pa.Table) -> bool:
     """Whether a value is missing: none ever is in a batch of ours."""
     return any(column.null_count for column in table.columns)
+
+
+def _table(raw: bytes) -> pa.Table:
+    """A parquet file's rows, without its reader's threads."""
+    table = pq.ParquetFile(pa.BufferReader(raw), pre_buffer=False).read(use_threads=False)
+    table.validate(full=True)
+    return table
 
 
 def _bytes(table: pa.Table) -> bytes:

@@ -334,7 +334,7 @@ def _measure(
         why = Finding(code=error.code, severity="blocks", evidence=str(error), advice=VOID)
         records.void(folder, asked, [why])
         raise
-    outcomes = parts.outcomes([column.name for column in columns])
+    outcomes, experts = parts.outcomes([column.name for column in columns]), parts.experts()
     facts = evaluator.facts
     compiling = [evaluator.about] if "compiled" in evaluator.about else []
     if weights.loaded is not None:
@@ -362,10 +362,11 @@ def _measure(
         findings=doubts,
         verdict=verdict(doubts),
         outcomes_sha256=hashlib.sha256(outcomes).hexdigest(),
+        experts_sha256=None if experts is None else hashlib.sha256(experts).hexdigest(),
     )
     with naming_defense(job):
         record = audit(evaluator, record, outcomes)
-    records.finish(folder, record, outcomes)
+    records.finish(folder, record, outcomes, experts)
     parts.remove()
     return folder
 

@@ -17,7 +17,7 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -218,6 +218,8 @@ class Record(BaseModel):
     """what the findings come to"""
     audited: Audited | None = None
     outcomes_sha256: str
+    experts_sha256: str | None = None
+    """of experts.parquet, which a mixture's run has beside its outcomes"""
 
     _folder: Path | None = pydantic.PrivateAttr(default=None)
 
@@ -245,23 +247,45 @@ class Record(BaseModel):
         Raises:
             UsageError: the file is missing, or not the one this record was written with.
         """
+        return self._rows("outcomes.parquet", self.outcomes_sha256, _KINDS, columns)
+
+    def experts(self) -> pd.DataFrame | None:
+        """What each expert of a mixture did, one row per image, occasion and expert; None of a run that did not keep it.
+
+        - `index`, `label`: which image.
+        - `at`: `clean`, or `attacked`: the image that the run's attacks at the radius of its last column ended with, one that
+          broke the mixture if any did. What was misclassified as it stood was not attacked.
+        - `expert`, `weight`: what it weighs in the answer; of a hard gate 1 for the one that answers.
+        - `right`: whether that expert alone gives the label.
+
+        Raises:
+            UsageError: the file is missing, or not the one this record was written with.
+        """
+        if self.experts_sha256 is None:
+            return None
+        return self._rows("experts.parquet", self.experts_sha256, _EXPERT_KINDS)
+
+    def _rows(
+        self, name: str, sha256: str, kinds: Mapping[str, str], columns: Sequence[str] | None = None
+    ) -> pd.DataFrame:
+        """The rows of a parquet file beside the record, which vouches for it."""
         import pyarrow as pa
         import pyarrow.parquet as pq
 
         assert self._folder is not None, "a record that was not read from disk"
-        path = self._folder / "outcomes.parquet"
+        path = self._folder / name
         try:
             content = path.read_bytes()
         except FileNotFoundError:
             raise UsageError(f"{path} is missing; delete the folder and run again") from None
-        if hashlib.sha256(content).hexdigest() != self.outcomes_sha256:
+        if hashlib.sha256(content).hexdigest() != sha256:
             raise UsageError(
                 f"{path} is not what its record was written with; delete the folder and run again"
             )
         # from memory and without reader threads: those may outlive a short process and abort it
         try:
             file = pq.ParquetFile(pa.BufferReader(content), pre_buffer=False)
-            _fits(file.schema_arrow, file.metadata.num_rows)
+            _fits(file.schema_arrow, file.metadata.num_rows, kinds)
             table = file.read(columns=None if columns is None else list(columns), use_threads=False)
             table.validate(full=True)
             frame: pd.DataFrame = table.to_pandas(use_threads=False, ignore_metadata=True)
@@ -277,7 +301,7 @@ class Record(BaseModel):
             # Arrow raises any of these on a file that was made by hand
             reason = " ".join(str(error).split())[:200] or type(error).__name__
             raise UsageError(
-                f"{path} holds no outcomes that can be read ({reason}); delete the folder and run again"
+                f"{path} holds no {path.stem} that can be read ({reason}); delete the folder and run again"
             ) from None
         return frame
 
@@ -287,19 +311,21 @@ _KINDS = {
     **dict.fromkeys(("index", "label", "prediction", "restart", "step"), "iu"),
     **{"column": "O", "robust": "b", "share": "f", "selected": "f"},
 }
+#: those of experts.parquet
+_EXPERT_KINDS = {**dict.fromkeys(("index", "label", "expert"), "iu"), "at": "O", "weight": "f", "right": "b"}
 #: rows beyond this are no run of ours: a hundred million images under a hundred columns
 _MOST_ROWS = 10**10
 
 
-def _fits(schema: Any, rows: int) -> None:
-    """Sees that a parquet file may be outcomes, before any of it is decoded.
+def _fits(schema: Any, rows: int, wanted: Mapping[str, str]) -> None:
+    """Sees that a parquet file may have these columns, of these kinds of numbers, before any of it is decoded.
 
     Raises:
         ValueError: a column is missing or holds something else.
     """
     if rows > _MOST_ROWS:
         raise ValueError(f"it claims {rows} rows")
-    for name, kinds in _KINDS.items():
+    for name, kinds in wanted.items():
         if name not in schema.names:
             raise ValueError(f"it has no column {name!r}")
         if _kind(schema.field(name).type) not in kinds:
@@ -465,8 +491,10 @@ def cannot_write(path: Path, error: OSError) -> UsageError:
     )
 
 
-def finish(path: Path, record: Record, outcomes: bytes) -> None:
+def finish(path: Path, record: Record, outcomes: bytes, experts: bytes | None = None) -> None:
     """Writes a finished run: the outcomes first, the record that vouches for them last."""
+    if experts is not None:
+        atomic(path / "experts.parquet", experts)
     atomic(path / "outcomes.parquet", outcomes)
     atomic(path / "record.json", (record.model_dump_json(indent=2) + "\n").encode())
     (path / "void.json").unlink(missing_ok=True)
