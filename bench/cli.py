@@ -547,6 +547,58 @@ def _catalogue(
 
 
 @commands.command()
+@click.argument("question", metavar="differences|routing|published|audit")
+@click.option(
+    "--results", type=click.Path(path_type=Path), default=Path("results"), show_default=True, metavar="DIR"
+)
+@click.option("--dataset", metavar="NAME", help="Of its runs alone.", shell_complete=completion.dataset)
+@click.option("--protocol", metavar="NAME", help="Likewise.", shell_complete=completion.protocol)
+@click.option(
+    "--compare-to",
+    metavar="DEFENSE",
+    help="With differences: the one that all others are compared with.",
+    shell_complete=completion.defense,
+)
+@click.option("--lines", metavar="DATASET", help="With published: whose numbers, if the images have none.")
+@click.option(
+    "--format",
+    "format_",
+    type=click.Choice(["text", "markdown", "latex", "csv"]),
+    default="text",
+    show_default=True,
+)
+def read(
+    question: str,
+    results: Path,
+    dataset: str | None,
+    protocol: str | None,
+    compare_to: str | None,
+    lines: str | None,
+    format_: str,
+) -> None:
+    """Say what finished runs come to, beyond their accuracies.
+
+    \b
+    differences  by how much one defense differs from every other on the same images
+    routing      what a mixture's routing hides from PGD, and which expert does the work
+    published    how far it is from what the DWF paper prints, and which radius would explain it
+    audit        where the audit doubted a number, and whether it was right
+    """
+    from bench.long import groups
+    from bench.reading import read as answer
+    from bench.record import read_all
+    from bench.sheet import written
+
+    found = [
+        group
+        for group in groups(read_all(results))
+        if dataset in (None, group.dataset) and protocol in (None, group.protocol)
+    ]
+    made = answer(question, found, compare_to=compare_to, lines=lines)
+    click.echo("\n".join(written(one, format_) for one in made).rstrip("\n"))
+
+
+@commands.command()
 @click.argument("files", nargs=-1, required=True, metavar="TABLE.csv…", type=click.Path(path_type=Path))
 @click.option("--strict", is_flag=True, help="Exit with 2 where something warns.")
 @click.option("--json", "as_json", is_flag=True)

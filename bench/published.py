@@ -35,6 +35,11 @@ def published_dir() -> Path:
     return installed if installed.is_dir() else Path(__file__).parent.parent / "results" / "published"
 
 
+#: what is printed of a network, by attack and its radius or steps
+PublishedRow = Mapping[tuple[str, float], Printed]
+PublishedRows = Mapping[str, PublishedRow]
+
+
 def rows(dataset: str) -> dict[str, dict[tuple[str, float], Printed]]:
     """The rows of the DWF paper's Table 3 on a dataset, in its order; none for a dataset it does not use.
 

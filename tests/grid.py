@@ -23,6 +23,7 @@ import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from fnmatch import fnmatch
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +33,7 @@ import click
 PROTOCOLS = ("dwf-paper", "adaptive", "calibration", "standard")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Row:
     """One network of the grid: what is trained, and under which protocols it is evaluated."""
 
@@ -81,7 +82,7 @@ THREE = DWF | {"fgsm": 1, "pgd": 1}
 CPU = Scale(
     dataset="npz:cifar10-exact",
     device="cpu",
-    samples={"dwf-paper": 1000, "adaptive": 1000, "calibration": 500, "standard": 200},
+    samples={"dwf-paper": 1000, "adaptive": 1000, "calibration": 500, "standard": 100},
     rows=(
         Row("dwf", "dwf", DWF, ALL),
         Row("pgd_at", "pgd_at", DENSE | {"epochs": 6, "steps": 5}, ALL),
@@ -177,6 +178,25 @@ def do(scale: Scale, stage: Stage, **where: Any) -> str:
     group = groups(records)[0]
     last = group.columns[-1]
     return f"{last.name} {last.accuracy:.2f} %, {records[0].verdict}, {records[0].where.seconds:.0f} s"
+
+
+def name_of(record) -> str:
+    """The row of the grid whose network a record is of; the defense's own name where there is none."""
+    for row in (
+        row for scale in SCALES.values() for row in scale.rows if row.defense == record.asked.defense
+    ):
+        if asked_of(row) == record.asked.config:
+            return row.name
+    return record.asked.defense
+
+
+@cache
+def asked_of(row: Row) -> dict[str, Any]:
+    """The config of a row, as a record has it."""
+    from bench import registry
+    from bench.config import as_json, replaced
+
+    return as_json(replaced(registry.get(row.defense).recipes["fast"], row.settings))
 
 
 def keep(results: Path, out: Path) -> int:

@@ -1,58 +1,211 @@
 """Makes everything that is derived from the kept records anew: tables, figures, and the tables inside documents.
 
-    python tests/tables.py            # write
-    python tests/tables.py --check    # compare, and name what differs
+    python tests/tables.py            # write, and fail if anything differed
+    python tests/tables.py --check    # compare alone, and name what differs
 
-A document holds a table between `<!-- table: DATASET PROTOCOL DEFENSE,DEFENSE -->` and `<!-- /table -->`.
+Records lie in results/measured (digits, and what was measured on the way) and results/cifar10 (the grid of `tests/grid.py`, whose
+rows have names of their own). A document holds what is made of them between two marks:
+
+    <!-- table: DATASET PROTOCOL NAME,NAME -->                  what `bench table` prints of these rows
+    <!-- read: QUESTION protocol=P rows=NAME,… compare_to=N --> what `bench read` prints of these rows of the grid
+    <!-- rows: NAME,NAME -->                                    how these rows of the grid were trained, and what it cost
+    <!-- summary: NAME,NAME -->                                 a line for each of them over all protocols
+
+each closed by `<!-- /table -->`. Pictures depend on the versions of the libraries that draw them, so a figure is compared by
+the CSV behind it, and drawn anew where that differs.
 """
 
 import re
 import sys
+import tempfile
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
 from functools import cache, partial
+from itertools import chain
 from pathlib import Path
+
+import grid
 
 ROOT = Path(__file__).resolve().parent.parent
 MEASURED = ROOT / "results" / "measured"
-DOCUMENTS = (ROOT / "README.md", MEASURED / "README.md")
-TABLE = re.compile(r"<!-- table: (\S+) (\S+) (\S+) -->\n.*?<!-- /table -->", re.DOTALL)
+CIFAR = ROOT / "results" / "cifar10"
+DOCUMENTS = (ROOT / "README.md", MEASURED / "README.md", ROOT / "results" / "README.md")
+MARK = re.compile(r"<!-- (table|read|rows|summary): (.+?) -->\n.*?<!-- /table -->", re.DOTALL)
 ENDINGS = {"markdown": "md", "latex": "tex", "csv": "csv"}
+
+
+@cache
+def measured(root: Path):
+    """The records of a folder."""
+    from bench.record import read_all
+
+    return list(read_all(root))
+
+
+@cache
+def named():
+    """The groups of the grid, by the names of its rows."""
+    from bench.long import groups
+
+    return [replace(group, label=grid.name_of(group.records[0])) for group in groups(measured(CIFAR))]
+
+
+def chosen(rows: str, protocol: str = "*"):
+    """Groups of the grid, in the order of these names; all of a protocol, or of any."""
+    found = [group for group in named() if protocol in ("*", group.protocol)]
+    return [group for name in rows.split(",") for group in found if group.label == name]
+
+
+def table(told: str) -> str:
+    """What `bench table` prints."""
+    from bench.long import groups
+    from bench.table import render_groups
+
+    dataset, protocol, names = told.split()
+    if any(group.dataset == dataset for group in named()):
+        return render_groups(chosen(names, protocol), format="markdown")
+    asked = [
+        record
+        for record in measured(MEASURED)
+        if (record.asked.dataset, record.asked.protocol["name"]) == (dataset, protocol)
+        and record.asked.defense in names.split(",")
+    ]
+    return render_groups(groups(asked), format="markdown")
+
+
+def read(told: str) -> str:
+    """What `bench read` prints of the grid."""
+    return "\n".join(sheets(told)[0])
+
+
+@cache
+def sheets(told: str) -> tuple[list[str], dict[str, str]]:
+    """What `bench read` answers, in Markdown; and as files, by name."""
+    from bench.reading import read as answer
+    from bench.sheet import written
+
+    question, *how = told.split()
+    asked = dict(one.split("=", 1) for one in how)
+    found = chosen(asked.pop("rows"), asked.pop("protocol", "*"))
+    made = answer(question, found, **({"lines": "cifar10"} if question == "published" else asked))
+    files = {f"{one.name}.{ending}": written(one, form) for one in made for form, ending in ENDINGS.items()}
+    return [written(one, "markdown") for one in made], files
+
+
+def rows(told: str) -> str:
+    """How rows of the grid were trained."""
+    from bench.sheet import Sheet, written
+
+    made = []
+    base = None
+    for name in told.split(","):
+        training = chosen(name)[0].records[0].training
+        row = next(row for row in grid.CPU.rows if row.name == name)
+        # ablations leave out what they share with DWF
+        settings = ", ".join(
+            f"{key} {_said(value)}" for key, value in row.settings.items() if grid.DWF.get(key) != value
+        )
+        cost = training.passes * training.multiply_adds / 1e9
+        base = base or cost
+        learnt = f"{training.passes:.1f} × {training.multiply_adds / 1e6:.1f} M"
+        minutes = f"{training.seconds / 60:.0f}"
+        made.append(
+            (
+                name,
+                row.defense,
+                settings,
+                f"{training.parameters / 1e6:.2f} M",
+                learnt,
+                f"{cost / base:.2f}",
+                minutes,
+            )
+        )
+    caption = (
+        "How each network was trained. Cost: forward-backward passes for each training image, crafting included, times the multiply-adds of "
+        f"one; and as a multiple of that of {made[0][0]}. Minutes on one CPU core that others shared: {sum(int(one[-1]) for one in made)} in all. "
+        "Batches of 64; what is not named is the recipe `fast`, and for mixtures of kind dwf what the first row has."
+    )
+    headings = ("row", "defense", "settings", "parameters", "passes × multiply-adds", "cost", "minutes")
+    return written(Sheet("rows", caption, headings, tuple(made)), "markdown")
+
+
+def _said(value: object) -> str:
+    if isinstance(value, float):
+        return f"{value:.4g}"
+    return "/".join(map(_said, value)) if isinstance(value, tuple) else str(value)
+
+
+#: the summary's columns: heading, protocol, column
+HEADLINES = (
+    ("SA", "dwf-paper", "clean"),
+    ("PGD-100 ×3, the paper's protocol", "dwf-paper", "ms-pgd-100"),
+    ("worst case, adaptive", "adaptive", "worst-case"),
+    ("worst case, standard", "standard", "worst-case"),
+)
+
+
+def summary(told: str) -> str:
+    """A line for each row of the grid, over all protocols."""
+    from bench.block import doubt
+    from bench.sheet import Sheet, written
+
+    made, n = [], {}
+    for name in told.split(","):
+        cells, verdicts = [], []
+        for _, protocol, column in HEADLINES:
+            group = next(iter(chosen(name, protocol)), None)
+            if group is None:
+                cells.append("")
+                continue
+            n[protocol] = len(group.images)
+            value = group.column(column)
+            cells.append(f"{value.accuracy:.1f} [{value.ci_low:.1f}, {value.ci_high:.1f}]")
+            verdicts.append(f"{protocol}: {doubt(group)}" if doubt(group) else "")
+        doubted = ", ".join(dict.fromkeys(filter(None, verdicts))) or "credible"
+        made.append((name, *cells, doubted))
+    caption = (
+        f"CIFAR-10 ({grid.CPU.dataset}): accuracy in % with 95 % Wilson intervals, L∞ 8/255, on the first test images: "
+        f"{', '.join(f'{protocol} {count}' for protocol, count in n.items())}. All networks have about 1.6 M parameters, were trained on 4,577 "
+        "images at about equal cost, one seed, and are far smaller and far less trained than anybody's in the literature: compare the rows with one "
+        "another, not with papers. Gradients in bf16, judged in float32."
+    )
+    headings = ("row", *(heading for heading, *_ in HEADLINES), "audit")
+    return written(Sheet("summary", caption, headings, tuple(made)), "markdown")
+
+
+KINDS: dict[str, Callable[[str], str]] = {"table": table, "read": read, "rows": rows, "summary": summary}
 
 
 @cache
 def tables() -> dict[Path, str]:
     """What each derived text file must hold."""
-    from bench.long import groups
-    from bench.record import read_all
-    from bench.table import render, render_groups
-
-    records = list(read_all(MEASURED))
+    from bench.table import render
 
     def filled(match: re.Match) -> str:
-        dataset, protocol, defenses = match.groups()
-        asked = [
-            record
-            for record in records
-            if (record.asked.dataset, record.asked.protocol["name"]) == (dataset, protocol)
-            and record.asked.defense in defenses.split(",")
-        ]
-        text = render_groups(groups(asked), format="markdown")
-        return f"<!-- table: {dataset} {protocol} {defenses} -->\n{text}<!-- /table -->"
+        kind, told = match.groups()
+        return f"<!-- {kind}: {told} -->\n{KINDS[kind](told)}<!-- /table -->"
 
-    made = {
-        MEASURED / "tables" / f"paper.{ending}": render(MEASURED, format=format, published=True)
-        for format, ending in ENDINGS.items()
-    }
-    made[MEASURED / "tables" / "long.csv"] = render(MEASURED, format="csv", layout="long")
+    made = {}
+    for root in (MEASURED, CIFAR):
+        for format, ending in ENDINGS.items():
+            made[root / "tables" / f"paper.{ending}"] = render(root, format=format, published=True)
+        made[root / "tables" / "long.csv"] = render(root, format="csv", layout="long")
     for document in DOCUMENTS:
-        made[document] = TABLE.sub(filled, document.read_text(encoding="utf-8"))
+        text = document.read_text(encoding="utf-8")
+        made[document] = MARK.sub(filled, text)
+        for kind, told in MARK.findall(text):
+            if kind == "read":
+                made |= {CIFAR / "tables" / name: content for name, content in sheets(told)[1].items()}
     return made
 
 
-def figures(out: Path, *, data_only: bool = False) -> list[Path]:
-    """Draws every figure that is kept."""
+def figures(root: Path, out: Path, *, data_only: bool = False) -> list[Path]:
+    """Draws every figure that is kept of a folder's records."""
     from bench.plot import draw
 
-    kept = partial(draw, MEASURED, out, data_only=data_only)
+    kept = partial(draw, root, out, data_only=data_only)
+    if root == CIFAR:
+        return [*kept(["curves", "tradeoff", "matrix"]), *kept(["calibration"], lines="cifar10")]
     return [
         *kept(["curves", "tradeoff", "matrix"]),
         *kept(["calibration"], datasets=["digits"]),
@@ -61,21 +214,40 @@ def figures(out: Path, *, data_only: bool = False) -> list[Path]:
     ]
 
 
-def main() -> None:
+def stale_figures(root: Path) -> list[Path]:
+    """The figures whose data are not what the records give, made or left over."""
+    with tempfile.TemporaryDirectory() as folder:
+        made = {path.name: path.read_bytes() for path in figures(root, Path(folder), data_only=True)}
+    kept = {path.name: path.read_bytes() for path in (root / "figures").glob("*.csv")}
+    return [
+        root / "figures" / name for name in sorted(made.keys() | kept) if made.get(name) != kept.get(name)
+    ]
+
+
+def differing(paths: Iterable[Path], texts: dict[Path, str]) -> list[Path]:
+    """The files that hold something else."""
+    return [path for path in paths if not path.exists() or path.read_text(encoding="utf-8") != texts[path]]
+
+
+def main(arguments: Sequence[str]) -> None:
     """Writes or compares."""
-    stale = []
-    for path, text in tables().items():
-        if "--check" in sys.argv:
-            if not path.exists() or path.read_text(encoding="utf-8") != text:
-                stale.append(path.relative_to(ROOT))
-        else:
+    stale = differing(tables(), tables())
+    drawn = {root: stale_figures(root) for root in (MEASURED, CIFAR)}
+    if "--check" not in arguments:
+        for path in stale:
             path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_text(text, encoding="utf-8")
-    if "--check" not in sys.argv:
-        figures(MEASURED / "figures")
-    if stale:
-        sys.exit(f"not what the records give: {', '.join(map(str, stale))}; run `tox run -e tables`")
+            path.write_text(tables()[path], encoding="utf-8")
+        for root, paths in drawn.items():
+            if paths:
+                for path in paths:
+                    for old in path.parent.glob(f"{path.stem}.*"):
+                        old.unlink()
+                figures(root, root / "figures")
+    wrong = [str(path.relative_to(ROOT)) for path in chain(stale, *drawn.values())]
+    if wrong:
+        done = "" if "--check" in arguments else "; they are now"
+        sys.exit(f"not what the records gave: {', '.join(wrong)}{done}")
 
 
 if __name__ == "__main__":
-    main()
+    main(sys.argv[1:])

@@ -91,6 +91,12 @@ def crossing(eps: Sequence[float], accuracies: Sequence[float], value: float) ->
     return None
 
 
+def implied(group: Group, accuracy: float) -> float | None:
+    """The radius at which PGD leaves this accuracy, in percent, of a calibration run's network; None where it never does."""
+    curve = _curve(group, {})
+    return crossing(curve.eps, curve.accuracies, accuracy)
+
+
 def _curve(group: Group, printed: dict[str, float]) -> _Curve:
     columns = [column for column in group.columns if column.attack in ("clean", "pgd")]
     columns.sort(key=lambda column: column.epsilon or 0.0)
