@@ -157,6 +157,28 @@ def test_a_mixture_of_nobody_is_refused():
         dwf(benign=0, fgsm=0, pgd=0).build(DATA)
 
 
+def test_with_a_uniform_gate_the_mixture_is_the_mean_of_its_experts():
+    model, (x, _) = initial(dwf(gate="uniform"), DATA, 0).double().eval(), batch()
+    torch.testing.assert_close(model(x), model.all_outputs(x).mean(1))
+    assert not any(name.startswith("gating") for name, _ in model.named_parameters())
+
+
+def test_over_frozen_experts_only_the_gate_learns_end_to_end(tmp_path):
+    def trained(epochs, folder):
+        return train(
+            dwf(frozen_experts=True, joint_epochs=epochs), DATA, seed=0, folder=folder, quiet=True
+        ).last
+
+    before, after = trained(0, tmp_path / "apart"), trained(1, tmp_path / "whole")
+    moved = {name for name, value in after.items() if not torch.equal(value, before[name])}
+    assert moved == {name for name in after if name.startswith("gating.")}
+
+
+def test_a_uniform_gate_over_frozen_experts_is_refused():
+    with pytest.raises(UsageError, match="leaves nothing to train"):
+        dwf(gate="uniform", frozen_experts=True).build(DATA)
+
+
 @pytest.mark.parametrize("empty", ["fgsm_eps", "pgd_steps"])
 def test_an_empty_set_to_draw_from_is_refused(empty):
     with pytest.raises(UsageError, match=f"{empty}: Tuple should have at least 1 item"):
