@@ -10,10 +10,12 @@ from __future__ import annotations
 
 import time
 import warnings
+from contextlib import AbstractContextManager
 
 import torch
 from torch import Tensor, nn
 
+from bench.arithmetic import arithmetic_of
 from bench.attacks.gradient import input_gradient
 from bench.errors import VoidRun
 from bench.fast import Fast, projection
@@ -24,7 +26,7 @@ from bench.types import Images, Labels, Logits
 TAKES = {"cpu": 45.0, "cuda": 60.0}
 SAVES = {"cpu": 0.05, "cuda": 0.2}
 #: the largest difference of gradients and of logits from those of the network as it was, relative to their length
-APART = {"fp32": 0.05, "bf16": 0.3}
+APART = {"fp32": 0.05, "tf32": 0.1, "bf16": 0.3}
 #: what compiles
 BACKEND = "inductor"
 
@@ -97,6 +99,10 @@ class Compiled(nn.Module):
         torch._dynamo.mark_dynamic(given, 0)
         logits = self.program(given)
         return logits[: len(x)]
+
+    def arithmetic(self) -> AbstractContextManager[object]:
+        """What its passes are multiplied in, the network's own."""
+        return arithmetic_of(self.model)
 
 
 def _seconds(model: nn.Module, x: Images, y: Labels) -> float:

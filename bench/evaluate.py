@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from bench.arithmetic import exact_arithmetic
 from bench.attacks.gradient import input_gradient
 from bench.attacks.losses import LOSSES
 from bench.audit.contract import contract
@@ -24,7 +25,7 @@ from bench.draws import DRAWS, RandomTrial, score
 from bench.errors import AttackCrash, BenchError, VoidRun
 from bench.fast import Fast, Precision, fast
 from bench.finding import verdict
-from bench.judge import Cost, Judge, before_any_attack, exact_arithmetic, seeded
+from bench.judge import Cost, Judge, before_any_attack, seeded
 from bench.model import LogProbabilities
 from bench.moe import as_mixture
 from bench.outcome import Batch, Outcome

@@ -1,8 +1,8 @@
 """The same function, faster: a copy of a model that gradients are taken from.
 
 BatchNorm in eval mode is an affine map and is folded into the convolution before it; sums and ReLUs of what nobody else
-reads overwrite it, bit for bit the same; weights lie channels-last; with `bf16` the passes run under autocast. Judging
-never uses the copy. Before it is used at all it is compared with the model, both in float64, where folding is exact to
+reads overwrite it, bit for bit the same; weights lie channels-last; with `bf16` the passes run under autocast, with `tf32`
+a GPU multiplies in TF32 for as long as they last. Judging never uses the copy. Before it is used at all it is compared with the model, both in float64, where folding is exact to
 rounding and no activation is so near to 0 that rounding decides its sign: in float32 a correct copy of an untrained
 network can differ by a percent. What differs, or cannot be compared, is not used.
 """
@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import copy
 import operator
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Literal
 
@@ -19,13 +20,14 @@ from torch import Tensor, fx, nn
 from torch.nn import functional as F
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
+from bench.arithmetic import tf32
 from bench.attacks.gradient import input_gradient
 from bench.errors import BenchError
 from bench.moe import Experts, grouped
 from bench.rng import Rng
 from bench.types import Images, Labels, Logits, Model
 
-Precision = Literal["fp32", "bf16"]
+Precision = Literal["fp32", "tf32", "bf16"]
 
 FOLDED = "folded BatchNorm, channels_last"
 #: how many images copies are compared on
@@ -50,11 +52,13 @@ def fast(model: nn.Module, x: Images, y: Labels, precision: Precision = "fp32") 
     Args:
         model: in eval mode, deterministic, its parameters needing no gradient.
         x, y: a few images to check it on.
-        precision: `bf16` runs the passes under autocast, which is not checked but for finite values.
+        precision: `bf16` runs the passes under autocast, `tf32` multiplies in TF32; neither is checked but for finite values.
     """
     chosen, about = _quickest(model, x[:PROBES], y[:PROBES])
     if precision == "bf16":
         return Fast(Autocast(chosen, x.device.type), f"{about}, bf16")
+    if precision == "tf32":
+        return Fast(TF32(chosen), f"{about}, tf32")
     return Fast(chosen, about)
 
 
@@ -84,6 +88,23 @@ class Autocast(nn.Module):
         with torch.autocast(self.device, torch.bfloat16):
             logits: Logits = self.model(x)
         return logits.float()
+
+
+class TF32(nn.Module):
+    """A model whose gradients are taken in TF32: `arithmetic()` is entered by whoever takes them, for the backward pass too."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, x: Images) -> Logits:
+        """`(b, c, h, w)` to `(b, k)`."""
+        logits: Logits = self.model(x)
+        return logits
+
+    def arithmetic(self) -> AbstractContextManager[None]:
+        """The context of its passes."""
+        return tf32()
 
 
 def _quickest(model: nn.Module, x: Images, y: Labels) -> tuple[nn.Module, str]:

@@ -25,6 +25,7 @@ from torch import nn
 from bench import checkpoint as checkpoints
 from bench import processes
 from bench import record as records
+from bench.arithmetic import exact_arithmetic
 from bench.attacks.stored import digest
 from bench.audit.contract import Contract, contract, is_random
 from bench.audit.gradients import gradient_checks
@@ -35,7 +36,7 @@ from bench.config import as_json, replaced
 from bench.errors import BenchError, Interrupted, UsageError, VoidRun
 from bench.evaluate import Evaluator
 from bench.finding import Finding, verdict
-from bench.judge import Cost, exact_arithmetic
+from bench.judge import Cost
 from bench.moe import as_mixture
 from bench.parts import Parts
 from bench.plan import Program, explain, plan
