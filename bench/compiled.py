@@ -36,9 +36,9 @@ def may_compile(device: torch.device) -> bool:
     return device.type != "cpu"
 
 
-def pays(device: torch.device, seconds: float) -> tuple[bool, str]:
-    """Whether to compile where gradients take so long, and why, in words."""
-    takes, saved = TAKES[device.type], SAVES[device.type] * seconds
+def pays(device: torch.device, gradients: float) -> tuple[bool, str]:
+    """Whether to compile where gradients take so many seconds, and why, in words."""
+    takes, saved = TAKES[device.type], SAVES[device.type] * gradients
     worth = saved > takes and may_compile(device)
     why = f"compiling takes about {duration(takes)} and would save about {duration(saved)}"
     if not may_compile(device):
@@ -64,12 +64,10 @@ def compiled(made: Fast, x: Images, y: Labels, precision: str) -> Fast:
                 found = input_gradient(model, x[:n], y[:n], projection)
                 expected = input_gradient(made.model, x[:n], y[:n], projection)
                 for a, b in zip(found, expected, strict=True):
-                    apart = float((a - b).norm() / b.norm().clamp_min(1e-12))
-                    if not apart <= APART[precision]:
-                        return Fast(
-                            made.model, f"{made.about}, not compiled (it then differs by {apart:.2g})"
-                        )
-            before, after = (_seconds(one, x, y) for one in (made.model, model))
+                    off = apart(a, b)
+                    if not off <= APART[precision]:
+                        return Fast(made.model, f"{made.about}, not compiled (it then differs by {off:.2g})")
+            before, after = (seconds(one, x, y) for one in (made.model, model))
     except VoidRun as error:
         return Fast(made.model, f"{made.about}, not compiled (it then fails: {error})")
     except Exception as error:
@@ -105,7 +103,12 @@ class Compiled(nn.Module):
         return arithmetic_of(self.model)
 
 
-def _seconds(model: nn.Module, x: Images, y: Labels) -> float:
+def apart(found: Tensor, expected: Tensor) -> float:
+    """The length of their difference, relative to that of what is expected."""
+    return float((found - expected).norm() / expected.norm().clamp_min(1e-12))
+
+
+def seconds(model: nn.Module, x: Images, y: Labels) -> float:
     """Of the fastest of a few gradients."""
 
     def once() -> float:

@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from bench import graphs
 from bench.arithmetic import exact_arithmetic
 from bench.attacks.gradient import input_gradient
 from bench.attacks.losses import LOSSES
@@ -25,6 +26,7 @@ from bench.draws import DRAWS, RandomTrial, score
 from bench.errors import AttackCrash, BenchError, VoidRun
 from bench.fast import Fast, Precision, fast
 from bench.finding import verdict
+from bench.graphs import graphed
 from bench.judge import Cost, Judge, before_any_attack, seeded
 from bench.model import LogProbabilities
 from bench.moe import as_mixture
@@ -151,20 +153,30 @@ class Evaluator:
         return right / len(index)
 
     def prepare(self, programs: Sequence[Program], n: int, batch_size: int) -> None:
-        """Compiles the copy that gradients come from, if that pays back on `n` images; `about` then says so, or why not."""
+        """Compiles and records the copy that gradients come from, if that pays back on `n` images; `about` says so, or why not."""
         if not may_compile(self.device) or self.draws or not isinstance(self.gradient_model, nn.Module):
             return
-        worth, _ = self.compiling(*self.estimate(programs, n, batch_size))
-        if worth:
-            x, y = self.split.batch(self._asked_twice, self.device)
-            with exact_arithmetic(), before_any_attack():
-                made = compiled(Fast(self.gradient_model, self.about), x, y, self.precision)
-            self.gradient_model, self.about = made.model, made.about
+        span = self.estimate(programs, n, batch_size)
+        made = Fast(self.gradient_model, self.about)
+        x, y = self.split.batch(self._asked_twice, self.device)
+        with exact_arithmetic(), before_any_attack():
+            if self.compiling(*span)[0]:
+                made = compiled(made, x, y, self.precision)
+            if self.recording(*span)[0]:
+                made = graphed(made, x, y, self.precision, batch_size)
+        self.gradient_model, self.about = made.model, made.about
 
     def compiling(self, low: float, high: float) -> tuple[bool, str]:
         """Whether compiling pays back in a run of so many seconds, at least and at most, and why."""
+        return pays(self.device, self._likely(low, high))
+
+    def recording(self, low: float, high: float) -> tuple[bool, str]:
+        """Whether CUDA graphs pay back in a run of so many seconds, at least and at most, and why."""
+        return graphs.pays(self.device, self._likely(low, high))
+
+    def _likely(self, low: float, high: float) -> float:
         # most images cost far less than the most: they fall and leave, or their iterates go round
-        return pays(self.device, low if self.success == "last" else high / 4)
+        return low if self.success == "last" else high / 4
 
     def estimate(self, programs: Sequence[Program], n: int, batch_size: int) -> tuple[float, float]:
         """Seconds that the programs will take on `n` images, at least and at most, from one timed batch."""

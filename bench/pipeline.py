@@ -179,8 +179,11 @@ def explain_session(session: Session) -> str:
             lines.append(f"{job.name} on {session.data.name}, {n} images, protocol {protocol.name}:")
             lines.append(explain(programs, protocol.success))
             low, high = evaluator.estimate(programs, n, session.batch_size)
+            gradients = [evaluator.about, evaluator.compiling(low, high)[1]]
+            if session.device.type == "cuda":
+                gradients.append(evaluator.recording(low, high)[1])
             lines.append(
-                f"gradients: {evaluator.about}; {evaluator.compiling(low, high)[1]}; about {duration(low)} to {duration(high)} on this machine\n"
+                f"gradients: {'; '.join(gradients)}; about {duration(low)} to {duration(high)} on this machine\n"
             )
     return "\n".join(lines).rstrip()
 
@@ -337,7 +340,7 @@ def _measure(
         raise
     outcomes = parts.outcomes([column.name for column in columns])
     facts = evaluator.facts
-    compiling = [evaluator.about] if "compiled" in evaluator.about else []
+    compiling = [evaluator.about] if any(w in evaluator.about for w in ("compiled", "CUDA graphs")) else []
     if weights.loaded is not None:
         facts = facts.model_copy(update={"stated_clean": weights.loaded.clean})
     notes = [
