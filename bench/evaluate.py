@@ -22,6 +22,7 @@ from bench.attacks.losses import LOSSES
 from bench.audit.contract import contract
 from bench.compiled import compiled, may_compile, pays
 from bench.data import Split
+from bench.data.resident import resident
 from bench.draws import DRAWS, RandomTrial, score
 from bench.errors import AttackCrash, BenchError, VoidRun
 from bench.fast import Fast, Precision, fast
@@ -78,7 +79,7 @@ class Evaluator:
         trained: bool = True,
     ) -> None:
         self.model = model.to(device).eval().requires_grad_(False)
-        self.classes, self.split, self.seed, self.success = classes, split, seed, success
+        self.classes, self.split, self.seed, self.success = classes, resident(split, device), seed, success
         self.device, self.precision = torch.device(device), precision
         #: told of each program before it is run, with what the batch has come to so far
         self.begins: Callable[[Program, Batch], None] = lambda program, batch: None
@@ -92,7 +93,7 @@ class Evaluator:
         self.mixture = as_mixture(self.model)
         # any of them: a model must not know which images will be looked at
         self._asked_twice = np.sort(Rng(seed, "contract").permutation(len(split)).numpy()[:REPEATED])
-        x, y = split.batch(self._asked_twice, self.device)
+        x, y = self.split.batch(self._asked_twice, self.device)
         judge = Judge(self.model, classes, Cost())
         with exact_arithmetic(), before_any_attack(), seeded((seed, "probe"), 0, self.device):
             self._first = judge.logits(x, x, None)

@@ -29,6 +29,7 @@ from bench import processes
 from bench.arithmetic import exact_arithmetic, tf32
 from bench.crafting import find_folds
 from bench.data import Dataset, Split
+from bench.data.resident import resident
 from bench.defense import Defense, Stage
 from bench.errors import CheckpointError, Interrupted, UsageError, VoidRun
 from bench.fast import Precision
@@ -153,7 +154,7 @@ def train(
         _agree(file, state)
     for stage, remembered in zip(stages, state.memory, strict=False):
         stage.memory.update(remembered)
-    kept, held = hold_out(data.train, data.classes)
+    kept, held = (resident(split, device) for split in hold_out(data.train, data.classes))
     find_folds(model, kept.batch(slice(0, 2), device)[0])
     with stopping() as stop, torch.random.fork_rng(devices=_generators()):
         loop = Loop(
