@@ -19,6 +19,7 @@ from bench.arithmetic import arithmetic_of
 from bench.attacks.gradient import input_gradient
 from bench.errors import VoidRun
 from bench.fast import Fast, projection
+from bench.moe import ByBatch, most_grouped, small
 from bench.progress import duration
 from bench.types import Images, Labels, Logits
 
@@ -85,17 +86,31 @@ class Compiled(nn.Module):
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
         self.model = model
+        self.ways = tuple(part for part in model.modules() if isinstance(part, ByBatch))
         self.program = torch.compile(model, fullgraph=True, backend=BACKEND)
 
     def forward(self, x: Images) -> Logits:
         """`(b, c, h, w)` to `(b, k)`."""
+        logits: Logits
         if not (torch.is_grad_enabled() and x.requires_grad):
-            logits: Logits = self.model(x)
+            logits = self.model(x)
+            return logits
+        few = most_grouped(x) if self.ways and not small(x) else 0
+        if 0 < len(x) <= few:
+            # experts that answer small batches otherwise are two programs, and of that one there is little to fuse
+            logits = self.model(x)
             return logits
         # one image would be a program of its own
         given = x if len(x) > 1 else torch.cat([x, x])
         torch._dynamo.mark_dynamic(given, 0)
-        logits = self.program(given)
+        # a program that asked for the number of images would not be one for any
+        for part in self.ways:
+            part.splits = False
+        try:
+            logits = self.program(given)
+        finally:
+            for part in self.ways:
+                part.splits = True
         return logits[: len(x)]
 
     def arithmetic(self) -> AbstractContextManager[object]:

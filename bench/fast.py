@@ -23,7 +23,7 @@ from torch.nn.utils.fusion import fuse_conv_bn_eval
 from bench.arithmetic import tf32
 from bench.attacks.gradient import input_gradient
 from bench.errors import BenchError
-from bench.moe import Experts, grouped
+from bench.moe import ByBatch, Experts, most_grouped, small
 from bench.rng import Rng
 from bench.types import Images, Labels, Logits, Model
 
@@ -110,10 +110,12 @@ class TF32(nn.Module):
 def _quickest(model: nn.Module, x: Images, y: Labels) -> tuple[nn.Module, str]:
     """The first copy that is the model, and what it is; the model itself where none is."""
     try:
-        exact = _apart(copy.deepcopy(model).double(), x)
+        exact = copy.deepcopy(model).double()
+        few, labels = _of_every_way(exact, x, y)
         # off the grid of stored pixels, so that flat regions of an image are no ties for a max pool
-        probe = 0.9 * x.double() + 0.1 * Rng("probe").uniform(x.double())
-        expected = input_gradient(exact, probe, y, projection)
+        probe = 0.9 * few.double() + 0.1 * Rng("probe").uniform(few.double())
+        expected = _answers(exact, probe, labels)
+        exact = _apart(exact, x)
         with torch.no_grad():
             logits = model(x)
     except BenchError:
@@ -128,7 +130,7 @@ def _quickest(model: nn.Module, x: Images, y: Labels) -> tuple[nn.Module, str]:
     ):
         try:
             candidate = ChannelsLast(change(copy.deepcopy(exact)).to(memory_format=torch.channels_last))
-            found = input_gradient(candidate, probe, y, projection)
+            found = _answers(candidate, probe, labels)
             candidate.float()
             with torch.no_grad():
                 rounded = candidate(x)
@@ -144,9 +146,24 @@ def _quickest(model: nn.Module, x: Images, y: Labels) -> tuple[nn.Module, str]:
 def _apart(model: nn.Module, x: Images) -> nn.Module:
     """The model with experts that run one after another as networks of their own, so that each can be folded."""
     for name, part in list(model.named_modules()):
-        if isinstance(part, Experts) and not grouped(x):
-            model.set_submodule(name, part.apart())
+        if isinstance(part, Experts) and not small(x):
+            model.set_submodule(name, ByBatch(part) if most_grouped(x) else part.apart())
     return model
+
+
+def _of_every_way(model: nn.Module, x: Images, y: Labels) -> tuple[Images, Labels]:
+    """Images enough that all of them go one way through the model, and the first few another where it has two."""
+    if small(x) or not any(isinstance(part, Experts) for part in model.modules()):
+        return x, y
+    rows = torch.arange(max(len(x), most_grouped(x) + 1), device=x.device) % len(x)
+    return x[rows], y[rows]
+
+
+def _answers(model: nn.Module, x: Images, y: Labels) -> list[Tensor]:
+    """Gradients and logits of all the images, and of the first few."""
+    return [
+        one for n in {len(x), min(len(x), PROBES)} for one in input_gradient(model, x[:n], y[:n], projection)
+    ]
 
 
 def projection(logits: Logits, y: Labels) -> Tensor:
