@@ -56,9 +56,10 @@ def cautions(alike: Sequence[Group]) -> Iterable[str]:
     if several:
         single = "; rows without it are one seed" if len(several) < len(alike) else ""
         yield f"±: sample standard deviation over seeds ({', '.join(several)}){single}"
-    reduced = [group.label for group in alike if group.records[0].asked.precision != "fp32"]
-    if reduced:
-        yield f"Gradients in bf16: {', '.join(reduced)}"
+    for precision in ("bf16", "tf32"):
+        reduced = [group.label for group in alike if group.records[0].asked.precision == precision]
+        if reduced:
+            yield f"Gradients in {precision}: {', '.join(reduced)}"
 
 
 def set_off_best(lines: list[list[Cell | None]]) -> None:

@@ -165,10 +165,10 @@ def asked(train_only: bool) -> Callable[[Command], Command]:
         click.option("--device", default="auto", show_default=True, metavar="auto|cpu|cuda[:i]"),
         click.option(
             "--precision",
-            type=click.Choice(["fp32", "bf16"]),
+            type=click.Choice(["fp32", "tf32", "bf16"]),
             default="fp32",
             show_default=True,
-            help="Of gradients; judging is fp32.",
+            help="Of gradients; judging is fp32. tf32: on NVIDIA GPUs.",
         ),
         click.option(
             "--data-dir",
@@ -857,7 +857,7 @@ def report(results: Path, out: Path | None) -> None:
 @click.option("--device", default="auto", show_default=True, metavar="auto|cpu|cuda[:i]")
 @click.option(
     "--precision",
-    type=click.Choice(["fp32", "bf16"]),
+    type=click.Choice(["fp32", "tf32", "bf16"]),
     default="fp32",
     show_default=True,
     help="Of the gradients that attacks follow.",

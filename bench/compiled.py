@@ -10,13 +10,16 @@ from __future__ import annotations
 
 import time
 import warnings
+from contextlib import AbstractContextManager
 
 import torch
 from torch import Tensor, nn
 
+from bench.arithmetic import arithmetic_of
 from bench.attacks.gradient import input_gradient
 from bench.errors import VoidRun
 from bench.fast import Fast, projection
+from bench.moe import ByBatch, most_grouped, small
 from bench.progress import duration
 from bench.types import Images, Labels, Logits
 
@@ -24,7 +27,7 @@ from bench.types import Images, Labels, Logits
 TAKES = {"cpu": 45.0, "cuda": 60.0}
 SAVES = {"cpu": 0.05, "cuda": 0.2}
 #: the largest difference of gradients and of logits from those of the network as it was, relative to their length
-APART = {"fp32": 0.05, "bf16": 0.3}
+APART = {"fp32": 0.05, "tf32": 0.1, "bf16": 0.3}
 #: what compiles
 BACKEND = "inductor"
 
@@ -34,9 +37,9 @@ def may_compile(device: torch.device) -> bool:
     return device.type != "cpu"
 
 
-def pays(device: torch.device, seconds: float) -> tuple[bool, str]:
-    """Whether to compile where gradients take so long, and why, in words."""
-    takes, saved = TAKES[device.type], SAVES[device.type] * seconds
+def pays(device: torch.device, gradients: float) -> tuple[bool, str]:
+    """Whether to compile where gradients take so many seconds, and why, in words."""
+    takes, saved = TAKES[device.type], SAVES[device.type] * gradients
     worth = saved > takes and may_compile(device)
     why = f"compiling takes about {duration(takes)} and would save about {duration(saved)}"
     if not may_compile(device):
@@ -62,12 +65,10 @@ def compiled(made: Fast, x: Images, y: Labels, precision: str) -> Fast:
                 found = input_gradient(model, x[:n], y[:n], projection)
                 expected = input_gradient(made.model, x[:n], y[:n], projection)
                 for a, b in zip(found, expected, strict=True):
-                    apart = float((a - b).norm() / b.norm().clamp_min(1e-12))
-                    if not apart <= APART[precision]:
-                        return Fast(
-                            made.model, f"{made.about}, not compiled (it then differs by {apart:.2g})"
-                        )
-            before, after = (_seconds(one, x, y) for one in (made.model, model))
+                    off = apart(a, b)
+                    if not off <= APART[precision]:
+                        return Fast(made.model, f"{made.about}, not compiled (it then differs by {off:.2g})")
+            before, after = (seconds(one, x, y) for one in (made.model, model))
     except VoidRun as error:
         return Fast(made.model, f"{made.about}, not compiled (it then fails: {error})")
     except Exception as error:
@@ -85,21 +86,44 @@ class Compiled(nn.Module):
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
         self.model = model
+        self.ways = tuple(part for part in model.modules() if isinstance(part, ByBatch))
         self.program = torch.compile(model, fullgraph=True, backend=BACKEND)
 
     def forward(self, x: Images) -> Logits:
         """`(b, c, h, w)` to `(b, k)`."""
+        logits: Logits
         if not (torch.is_grad_enabled() and x.requires_grad):
-            logits: Logits = self.model(x)
+            logits = self.model(x)
+            return logits
+        few = most_grouped(x) if self.ways and not small(x) else 0
+        if 0 < len(x) <= few:
+            # experts that answer small batches otherwise are two programs, and of that one there is little to fuse
+            logits = self.model(x)
             return logits
         # one image would be a program of its own
         given = x if len(x) > 1 else torch.cat([x, x])
         torch._dynamo.mark_dynamic(given, 0)
-        logits = self.program(given)
+        # a program that asked for the number of images would not be one for any
+        for part in self.ways:
+            part.splits = False
+        try:
+            logits = self.program(given)
+        finally:
+            for part in self.ways:
+                part.splits = True
         return logits[: len(x)]
 
+    def arithmetic(self) -> AbstractContextManager[object]:
+        """What its passes are multiplied in, the network's own."""
+        return arithmetic_of(self.model)
 
-def _seconds(model: nn.Module, x: Images, y: Labels) -> float:
+
+def apart(found: Tensor, expected: Tensor) -> float:
+    """The length of their difference, relative to that of what is expected."""
+    return float((found - expected).norm() / expected.norm().clamp_min(1e-12))
+
+
+def seconds(model: nn.Module, x: Images, y: Labels) -> float:
     """Of the fastest of a few gradients."""
 
     def once() -> float:

@@ -16,16 +16,20 @@ import pyarrow as pa
 import torch
 from torch import Tensor, nn
 
+from bench import graphs
+from bench.arithmetic import exact_arithmetic
 from bench.attacks.gradient import input_gradient
 from bench.attacks.losses import LOSSES
 from bench.audit.contract import contract
 from bench.compiled import compiled, may_compile, pays
 from bench.data import Split
+from bench.data.resident import resident
 from bench.draws import DRAWS, RandomTrial, score
 from bench.errors import AttackCrash, BenchError, VoidRun
 from bench.fast import Fast, Precision, fast
 from bench.finding import verdict
-from bench.judge import Cost, Judge, before_any_attack, exact_arithmetic, seeded
+from bench.graphs import graphed
+from bench.judge import Cost, Judge, before_any_attack, seeded
 from bench.model import LogProbabilities
 from bench.moe import RoutedModel, as_mixture
 from bench.outcome import Batch, Outcome
@@ -77,7 +81,7 @@ class Evaluator:
         trained: bool = True,
     ) -> None:
         self.model = model.to(device).eval().requires_grad_(False)
-        self.classes, self.split, self.seed, self.success = classes, split, seed, success
+        self.classes, self.split, self.seed, self.success = classes, resident(split, device), seed, success
         self.device, self.precision = torch.device(device), precision
         #: told of each program before it is run, with what the batch has come to so far
         self.begins: Callable[[Program, Batch], None] = lambda program, batch: None
@@ -91,7 +95,7 @@ class Evaluator:
         self.mixture = as_mixture(self.model)
         # any of them: a model must not know which images will be looked at
         self._asked_twice = np.sort(Rng(seed, "contract").permutation(len(split)).numpy()[:REPEATED])
-        x, y = split.batch(self._asked_twice, self.device)
+        x, y = self.split.batch(self._asked_twice, self.device)
         judge = Judge(self.model, classes, Cost())
         with exact_arithmetic(), before_any_attack(), seeded((seed, "probe"), 0, self.device):
             self._first = judge.logits(x, x, None)
@@ -152,20 +156,30 @@ class Evaluator:
         return right / len(index)
 
     def prepare(self, programs: Sequence[Program], n: int, batch_size: int) -> None:
-        """Compiles the copy that gradients come from, if that pays back on `n` images; `about` then says so, or why not."""
+        """Compiles and records the copy that gradients come from, if that pays back on `n` images; `about` says so, or why not."""
         if not may_compile(self.device) or self.draws or not isinstance(self.gradient_model, nn.Module):
             return
-        worth, _ = self.compiling(*self.estimate(programs, n, batch_size))
-        if worth:
-            x, y = self.split.batch(self._asked_twice, self.device)
-            with exact_arithmetic(), before_any_attack():
-                made = compiled(Fast(self.gradient_model, self.about), x, y, self.precision)
-            self.gradient_model, self.about = made.model, made.about
+        span = self.estimate(programs, n, batch_size)
+        made = Fast(self.gradient_model, self.about)
+        x, y = self.split.batch(self._asked_twice, self.device)
+        with exact_arithmetic(), before_any_attack():
+            if self.compiling(*span)[0]:
+                made = compiled(made, x, y, self.precision)
+            if self.recording(*span)[0]:
+                made = graphed(made, x, y, self.precision, batch_size)
+        self.gradient_model, self.about = made.model, made.about
 
     def compiling(self, low: float, high: float) -> tuple[bool, str]:
         """Whether compiling pays back in a run of so many seconds, at least and at most, and why."""
+        return pays(self.device, self._likely(low, high))
+
+    def recording(self, low: float, high: float) -> tuple[bool, str]:
+        """Whether CUDA graphs pay back in a run of so many seconds, at least and at most, and why."""
+        return graphs.pays(self.device, self._likely(low, high))
+
+    def _likely(self, low: float, high: float) -> float:
         # most images cost far less than the most: they fall and leave, or their iterates go round
-        return pays(self.device, low if self.success == "last" else high / 4)
+        return low if self.success == "last" else high / 4
 
     def estimate(self, programs: Sequence[Program], n: int, batch_size: int) -> tuple[float, float]:
         """Seconds that the programs will take on `n` images, at least and at most, from one timed batch."""

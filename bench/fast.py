@@ -1,8 +1,8 @@
 """The same function, faster: a copy of a model that gradients are taken from.
 
 BatchNorm in eval mode is an affine map and is folded into the convolution before it; sums and ReLUs of what nobody else
-reads overwrite it, bit for bit the same; weights lie channels-last; with `bf16` the passes run under autocast. Judging
-never uses the copy. Before it is used at all it is compared with the model, both in float64, where folding is exact to
+reads overwrite it, bit for bit the same; weights lie channels-last; with `bf16` the passes run under autocast, with `tf32`
+a GPU multiplies in TF32 for as long as they last. Judging never uses the copy. Before it is used at all it is compared with the model, both in float64, where folding is exact to
 rounding and no activation is so near to 0 that rounding decides its sign: in float32 a correct copy of an untrained
 network can differ by a percent. What differs, or cannot be compared, is not used.
 """
@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import copy
 import operator
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Literal
 
@@ -19,13 +20,14 @@ from torch import Tensor, fx, nn
 from torch.nn import functional as F
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
+from bench.arithmetic import tf32
 from bench.attacks.gradient import input_gradient
 from bench.errors import BenchError
-from bench.moe import Experts, grouped
+from bench.moe import ByBatch, Experts, most_grouped, small
 from bench.rng import Rng
 from bench.types import Images, Labels, Logits, Model
 
-Precision = Literal["fp32", "bf16"]
+Precision = Literal["fp32", "tf32", "bf16"]
 
 FOLDED = "folded BatchNorm, channels_last"
 #: how many images copies are compared on
@@ -50,11 +52,13 @@ def fast(model: nn.Module, x: Images, y: Labels, precision: Precision = "fp32") 
     Args:
         model: in eval mode, deterministic, its parameters needing no gradient.
         x, y: a few images to check it on.
-        precision: `bf16` runs the passes under autocast, which is not checked but for finite values.
+        precision: `bf16` runs the passes under autocast, `tf32` multiplies in TF32; neither is checked but for finite values.
     """
     chosen, about = _quickest(model, x[:PROBES], y[:PROBES])
     if precision == "bf16":
         return Fast(Autocast(chosen, x.device.type), f"{about}, bf16")
+    if precision == "tf32":
+        return Fast(TF32(chosen), f"{about}, tf32")
     return Fast(chosen, about)
 
 
@@ -86,13 +90,32 @@ class Autocast(nn.Module):
         return logits.float()
 
 
+class TF32(nn.Module):
+    """A model whose gradients are taken in TF32: `arithmetic()` is entered by whoever takes them, for the backward pass too."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, x: Images) -> Logits:
+        """`(b, c, h, w)` to `(b, k)`."""
+        logits: Logits = self.model(x)
+        return logits
+
+    def arithmetic(self) -> AbstractContextManager[None]:
+        """The context of its passes."""
+        return tf32()
+
+
 def _quickest(model: nn.Module, x: Images, y: Labels) -> tuple[nn.Module, str]:
     """The first copy that is the model, and what it is; the model itself where none is."""
     try:
-        exact = _apart(copy.deepcopy(model).double(), x)
+        exact = copy.deepcopy(model).double()
+        few, labels = _of_every_way(exact, x, y)
         # off the grid of stored pixels, so that flat regions of an image are no ties for a max pool
-        probe = 0.9 * x.double() + 0.1 * Rng("probe").uniform(x.double())
-        expected = input_gradient(exact, probe, y, projection)
+        probe = 0.9 * few.double() + 0.1 * Rng("probe").uniform(few.double())
+        expected = _answers(exact, probe, labels)
+        exact = _apart(exact, x)
         with torch.no_grad():
             logits = model(x)
     except BenchError:
@@ -107,7 +130,7 @@ def _quickest(model: nn.Module, x: Images, y: Labels) -> tuple[nn.Module, str]:
     ):
         try:
             candidate = ChannelsLast(change(copy.deepcopy(exact)).to(memory_format=torch.channels_last))
-            found = input_gradient(candidate, probe, y, projection)
+            found = _answers(candidate, probe, labels)
             candidate.float()
             with torch.no_grad():
                 rounded = candidate(x)
@@ -123,9 +146,24 @@ def _quickest(model: nn.Module, x: Images, y: Labels) -> tuple[nn.Module, str]:
 def _apart(model: nn.Module, x: Images) -> nn.Module:
     """The model with experts that run one after another as networks of their own, so that each can be folded."""
     for name, part in list(model.named_modules()):
-        if isinstance(part, Experts) and not grouped(x):
-            model.set_submodule(name, part.apart())
+        if isinstance(part, Experts) and not small(x):
+            model.set_submodule(name, ByBatch(part) if most_grouped(x) else part.apart())
     return model
+
+
+def _of_every_way(model: nn.Module, x: Images, y: Labels) -> tuple[Images, Labels]:
+    """Images enough that all of them go one way through the model, and the first few another where it has two."""
+    if small(x) or not any(isinstance(part, Experts) for part in model.modules()):
+        return x, y
+    rows = torch.arange(max(len(x), most_grouped(x) + 1), device=x.device) % len(x)
+    return x[rows], y[rows]
+
+
+def _answers(model: nn.Module, x: Images, y: Labels) -> list[Tensor]:
+    """Gradients and logits of all the images, and of the first few."""
+    return [
+        one for n in {len(x), min(len(x), PROBES)} for one in input_gradient(model, x[:n], y[:n], projection)
+    ]
 
 
 def projection(logits: Logits, y: Labels) -> Tensor:

@@ -6,12 +6,13 @@ Nothing an attack says of itself is used. What a model may do wrong, from a NaN 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
+from bench.arithmetic import arithmetic_of, exact_arithmetic
 from bench.errors import BenchError, NonFinite, VoidRun
 from bench.rng import Rng
 from bench.threat import ThreatModel
@@ -67,7 +68,8 @@ class Judge:
                 raise illegal(x_adv, x, threat, legal)
         given = x_adv.clone()
         self.cost.forwards += len(x_adv)
-        with torch.no_grad(), seeded(self.seed, self.cost.forwards, x.device):
+        # whatever gradients are taken in around it
+        with exact_arithmetic(), torch.no_grad(), seeded(self.seed, self.cost.forwards, x.device):
             logits = _joined(
                 [ask(self.model, some) for some in torch.split(given, self.at_once or len(given) or 1)]
             )
@@ -133,6 +135,10 @@ class Counted(nn.Module):
             self.cost.forwards += len(x)
         return ask(self.model, x)
 
+    def arithmetic(self) -> AbstractContextManager[object]:
+        """What its passes are multiplied in, the model's own."""
+        return arithmetic_of(self.model)
+
 
 def ask(model: Model, x: Images) -> Tensor:
     """What the model says.
@@ -176,14 +182,3 @@ def before_any_attack() -> Iterator[None]:
         raise VoidRun(
             f"this model cannot be evaluated: {error} (first images, before any attack)", code=error.code
         ) from error
-
-
-@contextmanager
-def exact_arithmetic() -> Iterator[None]:
-    """Float32 as float32: no TF32 in convolutions or products."""
-    conv, product = torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32
-    torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False
-    try:
-        yield
-    finally:
-        torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32 = conv, product

@@ -19,6 +19,9 @@ from bench.types import Images, Labels
 
 #: the largest images, in pixels, on which nine networks are quicker as one; measured on CPUs at 8×8 and at 32×32
 GROUPED_PIXELS = 256
+#: the largest batch, in pixels of all its images, on which they are on a device that waits for calls rather than for numbers:
+#: sixteen images of 32×32; reckoned from 5 µs a call, not measured (`tests/perf/experts_speed.py` finds the crossover)
+GROUPED_BATCH = {"cuda": 16_384}
 
 
 class RoutedModel(Protocol):
@@ -67,9 +70,10 @@ class Experts(nn.Module):
     """Several networks of one architecture, side by side.
 
     Every tensor is the experts' tensors joined along the first dimension, so an expert is a slice of each. On small
-    images all of them run as one network with grouped convolutions, which saves the cost of many small calls; on
-    larger ones they run one after another, since a grouped convolution is slower than its parts
-    (`tests/perf/experts_speed.py` measures both).
+    images, and on a GPU in small batches, all of them run as one network with grouped convolutions, which saves the cost
+    of many small calls; else they run one after another, since a grouped convolution is slower than its parts
+    (`tests/perf/experts_speed.py` measures both). `torch.func.vmap` over stacked weights would be no third way: torch makes
+    grouped convolutions of it.
 
     Args:
         make: `make(copies=e)` builds `e` such networks in one, as `baselines.resnet` does.
@@ -159,9 +163,34 @@ class Apart(nn.Module):
         return torch.stack([network(x) for network in self.networks], 1)
 
 
+class ByBatch(nn.Module):
+    """Experts that answer side by side in small batches and one after another in others; both hold the weights."""
+
+    def __init__(self, experts: Experts) -> None:
+        super().__init__()
+        self.together, self.apart = experts, experts.apart()
+        self.splits = True
+        """whether small batches go a way of their own"""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """The same normalised images `(b, c, h, w)` for every expert to logits `(b, e, k)`."""
+        logits: Tensor = self.together(x) if self.splits and grouped(x) else self.apart(x)
+        return logits
+
+
 def grouped(x: Tensor) -> bool:
-    """Whether several networks on images of this size, `(…, h, w)`, run quicker as one grouped program."""
+    """Whether several networks on these images, `(b, …, h, w)`, run quicker as one grouped program."""
+    return small(x) or len(x) <= most_grouped(x)
+
+
+def small(x: Tensor) -> bool:
+    """Whether images of this size, `(…, h, w)`, are so small that they do in batches of any size."""
     return x.shape[-2] * x.shape[-1] <= GROUPED_PIXELS
+
+
+def most_grouped(x: Tensor) -> int:
+    """The largest batch of larger images, `(…, h, w)`, on which they do; 0 for none."""
+    return GROUPED_BATCH.get(x.device.type, 0) // (x.shape[-2] * x.shape[-1])
 
 
 def each_loss(logits: Tensor, y: Labels) -> Tensor:

@@ -25,6 +25,7 @@ from torch import nn
 from bench import checkpoint as checkpoints
 from bench import processes
 from bench import record as records
+from bench.arithmetic import exact_arithmetic
 from bench.attacks.stored import digest
 from bench.audit.contract import Contract, contract, is_random
 from bench.audit.gradients import gradient_checks
@@ -35,7 +36,7 @@ from bench.config import as_json, replaced
 from bench.errors import BenchError, Interrupted, UsageError, VoidRun
 from bench.evaluate import Evaluator
 from bench.finding import Finding, verdict
-from bench.judge import Cost, exact_arithmetic
+from bench.judge import Cost
 from bench.moe import as_mixture
 from bench.parts import Parts
 from bench.plan import Program, explain, plan
@@ -178,8 +179,11 @@ def explain_session(session: Session) -> str:
             lines.append(f"{job.name} on {session.data.name}, {n} images, protocol {protocol.name}:")
             lines.append(explain(programs, protocol.success))
             low, high = evaluator.estimate(programs, n, session.batch_size)
+            gradients = [evaluator.about, evaluator.compiling(low, high)[1]]
+            if session.device.type == "cuda":
+                gradients.append(evaluator.recording(low, high)[1])
             lines.append(
-                f"gradients: {evaluator.about}; {evaluator.compiling(low, high)[1]}; about {duration(low)} to {duration(high)} on this machine\n"
+                f"gradients: {'; '.join(gradients)}; about {duration(low)} to {duration(high)} on this machine\n"
             )
     return "\n".join(lines).rstrip()
 
@@ -336,7 +340,7 @@ def _measure(
         raise
     outcomes, experts = parts.outcomes([column.name for column in columns]), parts.experts()
     facts = evaluator.facts
-    compiling = [evaluator.about] if "compiled" in evaluator.about else []
+    compiling = [evaluator.about] if any(w in evaluator.about for w in ("compiled", "CUDA graphs")) else []
     if weights.loaded is not None:
         facts = facts.model_copy(update={"stated_clean": weights.loaded.clean})
     notes = [

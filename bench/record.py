@@ -54,7 +54,7 @@ class Asked(BaseModel):
     """the protocol in full, radius filled in"""
     seed: int
     samples: int
-    precision: Literal["fp32", "bf16"] = "fp32"
+    precision: Literal["fp32", "tf32", "bf16"] = "fp32"
     weights: Literal["best", "last"] = "best"
     """which network of its training"""
     harness: int = OUTCOMES

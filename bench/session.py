@@ -6,13 +6,14 @@ import dataclasses
 import math
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 
 from bench import data as datasets
 from bench import processes, registry
 from bench import protocol as protocols
+from bench.arithmetic import multiplies_in_tf32
 from bench.config import number, replaced
 from bench.data import Dataset
 from bench.defense import Defense
@@ -143,8 +144,6 @@ def prepare(
         raise UsageError(
             f"--seeds counts runs, at most {MOST_SEEDS}, and --seed is less than 2^63; got {seeds} and {seed}"
         )
-    if precision not in ("fp32", "bf16"):
-        raise UsageError(f"no precision {precision!r}; choose fp32 or bf16")
     jobs = tuple(
         _job(name, kind, _recipe(dataset) if recipe is None else recipe, settings or {})
         for name, kind in kinds.items()
@@ -156,6 +155,7 @@ def prepare(
         }
     }
     where = _device(device)
+    _refuse_precision(precision, where)
     if batch_size is not None and batch_size < 1:
         raise UsageError(f"batch size must be at least 1, not {batch_size}")
     if samples is not None and not 1 <= samples <= len(data.test):
@@ -251,6 +251,22 @@ def _no_device(name: str) -> UsageError:
     return UsageError(
         f"no device {name!r}; choose auto, cpu, cuda or cuda:0{meant(name, ('auto', 'cpu', 'cuda', 'cuda:0'))}"
     )
+
+
+def _refuse_precision(precision: str, device: torch.device) -> None:
+    """Refuses what is no precision, and TF32 where no GPU multiplies in it.
+
+    Raises:
+        UsageError: it is one of these.
+    """
+    if precision not in get_args(Precision):
+        raise UsageError(
+            f"no precision {precision!r}; choose fp32, tf32 or bf16{meant(precision, get_args(Precision))}"
+        )
+    if precision == "tf32" and not multiplies_in_tf32(device):
+        raise UsageError(
+            f"precision tf32 is how NVIDIA GPUs from Ampere on multiply, and {device} is none of them; choose fp32 or bf16, or --device cuda where there is one"
+        )
 
 
 def _own_gpu(place: int) -> torch.device:

@@ -25,6 +25,7 @@ from numpy.lib.stride_tricks import as_strided
 from torch import nn
 
 from bench import protocol as protocols
+from bench.arithmetic import exact_arithmetic, multiplies_in_tf32, tf32
 from bench.attacks.autoattack import FULL
 from bench.attacks.gradient import input_gradient
 from bench.attacks.losses import LOSSES
@@ -35,7 +36,7 @@ from bench.draws import DRAWS
 from bench.errors import BenchError, DataError, VoidRun
 from bench.evaluate import PIXELS_AT_ONCE, expectation
 from bench.fast import Fast, Precision, fast
-from bench.judge import Cost, Judge, before_any_attack, exact_arithmetic
+from bench.judge import Cost, Judge, before_any_attack
 from bench.moe import RoutedModel, as_mixture
 from bench.passes import one_pass
 from bench.pipeline import columns_of, explain_training, training_told
@@ -205,18 +206,21 @@ def this_machine(device: torch.device) -> Machine:
         name=torch.cuda.get_device_name(device) if device.type == "cuda" else _cpu(),
         threads=torch.get_num_threads(),
         torch=torch.__version__,
-        flops={
-            "fp32": matrix_rate(device, torch.float32),
-            "bf16": matrix_rate(device, torch.bfloat16),
-        },
+        flops={precision: matrix_rate(device, precision) for precision in precisions(device)},
     )
 
 
-def matrix_rate(device: torch.device, dtype: torch.dtype) -> float:
-    """Operations a second in a product of two large square matrices of this type; float32 without TF32."""
+def precisions(device: torch.device) -> list[Precision]:
+    """What a device multiplies in."""
+    return ["fp32", "tf32", "bf16"] if multiplies_in_tf32(device) else ["fp32", "bf16"]
+
+
+def matrix_rate(device: torch.device, precision: Precision) -> float:
+    """Operations a second in a product of two large square matrices."""
     side = SIDE[device.type]
-    a = Rng("matrix").normal(torch.empty(side, side, device=device)).to(dtype)
-    with exact_arithmetic():
+    a = Rng("matrix").normal(torch.empty(side, side, device=device))
+    a = a.bfloat16() if precision == "bf16" else a
+    with tf32() if precision == "tf32" else exact_arithmetic():
         return 2 * side**3 / fastest(lambda: a @ a, device)
 
 
@@ -276,8 +280,10 @@ def of_defense(session: Session, job: Job, machine: Machine, n: int) -> Speed:
         raise VoidRun(
             f"{job.name}: this model cannot be measured: {type(error).__name__}: {error}", code="model-crash"
         ) from error
-    forward, plain, quick = (1 / rate.images_per_second for rate in rates)
-    cost = Seconds(forward * (DRAWS if random else 1), plain, quick)
+    forward, plain, *copies = rates
+    quick = next(rate for rate in copies if rate.precision == ("fp32" if random else session.precision))
+    judged, own, followed = (1 / rate.images_per_second for rate in (forward, plain, quick))
+    cost = Seconds(judged * (DRAWS if random else 1), own, followed)
     return Speed(
         defense=job.name,
         recipe=job.recipe,
@@ -299,10 +305,16 @@ def _rates(
     multiply_adds: int,
     machine: Machine,
 ) -> list[Rate]:
-    """A forward pass, a gradient, and a gradient of the copy that attacks follow; the last alone in another precision."""
+    """A forward pass, a gradient, and a gradient of the copy that attacks follow.
+
+    The last alone is told in the precision that was asked for, on a GPU of several in each of them.
+    """
     model = judge.model
-    copy = (
-        Fast(expectation(model), "as it is (random)") if random else fast(model, x[:FEW], y[:FEW], precision)
+    told = precisions(x.device) if multiplies_in_tf32(x.device) else [precision]
+    copies: dict[Precision, Fast] = (
+        {"fp32": Fast(expectation(model), "as it is (random)")}
+        if random
+        else {one: fast(model, x[:FEW], y[:FEW], one) for one in told}
     )
 
     def rate(what: str, how: str, precision: Precision, operations: int, work: Work) -> Rate:
@@ -313,7 +325,7 @@ def _rates(
     return [
         rate("forward", "as it is", "fp32", FORWARD, lambda x, y: judge(x, x, None)),
         rate("gradient", "as it is", "fp32", GRADIENT, _gradient(model)),
-        rate("fast gradient", copy.about, "fp32" if random else precision, GRADIENT, _gradient(copy.model)),
+        *(rate("fast gradient", c.about, one, GRADIENT, _gradient(c.model)) for one, c in copies.items()),
     ]
 
 
@@ -368,7 +380,7 @@ def most(program: Program, mixture: RoutedModel | None, classes: int) -> tuple[i
 
 
 def _machine_told(machine: Machine) -> str:
-    rates = " and ".join(f"{rate / 1e9:,.0f} GFLOP/s in {name}" for name, rate in machine.flops.items())
+    rates = ", ".join(f"{rate / 1e9:,.0f} GFLOP/s in {name}" for name, rate in machine.flops.items())
     threads = f", {machine.threads} thread(s)" if machine.device == "cpu" else ""
     return f"{machine.device}: {machine.name}{threads}, torch {machine.torch}\nproduct of matrices: {rates}"
 

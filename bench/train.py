@@ -16,7 +16,7 @@ import signal
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
@@ -26,8 +26,10 @@ import torch
 from torch import Tensor, nn
 
 from bench import processes
+from bench.arithmetic import exact_arithmetic, tf32
 from bench.crafting import find_folds
 from bench.data import Dataset, Split
+from bench.data.resident import resident
 from bench.defense import Defense, Stage
 from bench.errors import CheckpointError, Interrupted, UsageError, VoidRun
 from bench.fast import Precision
@@ -128,7 +130,7 @@ def train(
         data: its training images.
         seed: of weights, order, augmentation and whatever the losses draw.
         folder: where the state is kept while training, as `state.pt`.
-        device, precision: `bf16` runs losses under autocast.
+        device, precision: `bf16` runs losses under autocast, `tf32` lets a GPU multiply in TF32, and `fp32` does not.
         quiet: no progress.
         name: what progress calls it.
         together: whether all processes of this command train this network, each on its share of every batch; all of them call.
@@ -152,7 +154,7 @@ def train(
         _agree(file, state)
     for stage, remembered in zip(stages, state.memory, strict=False):
         stage.memory.update(remembered)
-    kept, held = hold_out(data.train, data.classes)
+    kept, held = (resident(split, device) for split in hold_out(data.train, data.classes))
     find_folds(model, kept.batch(slice(0, 2), device)[0])
     with stopping() as stop, torch.random.fork_rng(devices=_generators()):
         loop = Loop(
@@ -350,7 +352,7 @@ class Part:
                 group["lr"] = lr
         # layers that draw from the global generator, such as dropout, are addressed too
         torch.manual_seed(rng.at("global").seed())
-        with _autocast(loop.device, loop.precision):
+        with _arithmetic(loop.device, loop.precision):
             loss = stage.step(loop.model, x, y, rng, self.optimisers)
         if self.average:
             self.average.update(loop.model)
@@ -578,9 +580,12 @@ def _restore(optimisers: Sequence[torch.optim.SGD], kept: Sequence[dict[str, Any
         ) from None
 
 
-def _autocast(device: torch.device | str, precision: Precision) -> AbstractContextManager[object]:
+def _arithmetic(device: torch.device | str, precision: Precision) -> AbstractContextManager[object]:
+    """What a step is computed in."""
     if precision == "fp32":
-        return nullcontext()
+        return exact_arithmetic()
+    if precision == "tf32":
+        return tf32()
     # without the cache: it would keep the weights of before an optimiser's step for what a stage computes after it
     return torch.autocast(torch.device(device).type, torch.bfloat16, cache_enabled=False)
 
@@ -641,7 +646,7 @@ def _pace(
         x, y = data.train.batch(slice(0, images), device)
         x = x.contiguous(memory_format=torch.channels_last)
         started = time.perf_counter()
-        with _autocast(device, precision):
+        with _arithmetic(device, precision):
             loss = stage.step(model, x, y, Rng(0, "estimate", number, draw), still)
         # waits until the device has done what it was told
         loss.item()

@@ -376,7 +376,7 @@ class Trial:
             rows = self.standing([whole])
             if len(rows):
                 rng = self.starts(part.attack, rows=rows)
-                with naming(rows):
+                with naming(rows), model.arithmetic():
                     x_adv = component(
                         part.attack, model, self.x[rows], self.y[rows], threat, rng=rng, **part.settings
                     )

@@ -254,8 +254,9 @@ def _announce(session: Session, job: Job) -> None:
 
 
 def precision_of(session: Session, job: Job) -> Precision:
-    """What a training runs in: the recipe `fast` is made for a GPU, and there in bfloat16."""
-    return "bf16" if job.recipe == "fast" and session.device.type == "cuda" else session.precision
+    """What a training runs in: the recipe `fast` is made for a GPU, and there in bfloat16 where nothing else is asked for."""
+    unasked = session.precision == "fp32"
+    return "bf16" if unasked and job.recipe == "fast" and session.device.type == "cuda" else session.precision
 
 
 def _training_folder(session: Session, job: Job, seed: int, code: str) -> Path:

@@ -292,7 +292,11 @@ def test_training_prints_where_the_weights_are(call, monkeypatch):
         (["--device", "gpu"], "no device 'gpu'; choose auto, cpu"),
         (["--device", "meta"], "no device 'meta'"),
         (["--device", "cuda:99"], "device 'cuda:99' is not there"),
-        (["--precision", "fp16"], "'fp16' is not one of 'fp32', 'bf16'"),
+        (["--precision", "fp16"], "'fp16' is not one of 'fp32', 'tf32', 'bf16'"),
+        (
+            ["--precision", "tf32", "--device", "cpu"],
+            "tf32 is how NVIDIA GPUs .* choose fp32 or bf16, or --device cuda",
+        ),
         (["--eps", "0"], "eps must be more than 0 and at most 1.*got 0"),
         (["--eps", "-1"], "eps must be more than 0.*got -1"),
         (["--eps", "2"], "at most 1, in pixel units.*got 2"),

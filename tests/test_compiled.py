@@ -1,17 +1,21 @@
 """Compiling is tried where it pays back, compared before any attack, and left alone where anything is amiss."""
 
+from functools import partial
+
 import numpy as np
 import pytest
 import torch
 from oracles import Hyperplane, dataset, small_net
 from torch import nn
 
+from baselines.resnet import resnet18
 from bench import compiled as compiling
+from bench import moe
 from bench.attacks.gradient import input_gradient
 from bench.attacks.losses import cross_entropy
 from bench.compiled import Compiled, compiled, pays
 from bench.evaluate import Evaluator
-from bench.fast import Fast
+from bench.fast import Fast, fast
 from bench.plan import plan
 from bench.protocol import Protocol
 
@@ -29,7 +33,7 @@ def a_compiler_that_takes_no_time(monkeypatch):
 @pytest.fixture
 def quicker(monkeypatch):
     """Whatever is compiled is said to be quicker."""
-    monkeypatch.setattr(compiling, "_seconds", lambda model, x, y: float(not isinstance(model, Compiled)))
+    monkeypatch.setattr(compiling, "seconds", lambda model, x, y: float(not isinstance(model, Compiled)))
 
 
 def images(n=6):
@@ -70,6 +74,20 @@ def test_what_is_compiled_says_the_same_of_batches_of_any_size_in_one_program(qu
     assert len(built) == 1
 
 
+def test_experts_that_answer_small_batches_otherwise_are_compiled_for_the_others(quicker, monkeypatch):
+    monkeypatch.setitem(moe.GROUPED_BATCH, "cpu", 3 * 17 * 17)
+    make = partial(resnet18, channels=3, classes=4, width=4)
+    model = nn.Sequential(moe.Experts(make, 2), nn.Flatten()).eval().requires_grad_(False)
+    x, y = torch.rand(6, 3, 17, 17), torch.arange(6) % 4
+    quick = fast(model, x, y)
+    made = compiled(quick, x, y, "fp32")
+    assert made.about.endswith(", compiled")
+    for n in (1, 3, 4, 6):
+        found, _ = input_gradient(made.model, x[:n], y[:n], cross_entropy)
+        expected, _ = input_gradient(quick.model, x[:n], y[:n], cross_entropy)
+        torch.testing.assert_close(found, expected)
+
+
 class Unfollowable(nn.Module):
     def forward(self, x):
         print(end="")
@@ -95,7 +113,7 @@ def test_a_compiler_that_changes_the_network_is_not_believed(quicker, monkeypatc
 
 
 def test_what_is_no_quicker_is_not_used(monkeypatch):
-    monkeypatch.setattr(compiling, "_seconds", lambda model, x, y: 1.0)
+    monkeypatch.setattr(compiling, "seconds", lambda model, x, y: 1.0)
     model = net()
     made = compiled(Fast(model, "as it is"), *images(), "fp32")
     assert made.model is model and made.about == "as it is, not compiled (it was no quicker)"

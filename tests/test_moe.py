@@ -9,8 +9,12 @@ from torch import nn
 from torch.nn import functional as F
 
 from baselines.resnet import resnet18
+from bench import moe
+from bench.attacks.gradient import input_gradient
+from bench.attacks.losses import cross_entropy
+from bench.fast import FOLDED, fast
 from bench.model import evaluating
-from bench.moe import Experts, grouped
+from bench.moe import ByBatch, Experts, grouped
 
 EXPERTS, CHANNELS, CLASSES = 3, 2, 4
 make = partial(resnet18, channels=CHANNELS, classes=CLASSES, width=4)
@@ -171,6 +175,103 @@ def test_channels_last_changes_nothing_but_the_layout():
     before = many.some(x, 1, 3)
     many = many.to(memory_format=torch.channels_last)
     torch.testing.assert_close(many.some(x.contiguous(memory_format=torch.channels_last), 1, 3), before)
+
+
+LARGE = 20
+
+
+@pytest.fixture
+def a_gpu_that_is_small(monkeypatch):
+    """On this device up to three of the larger images are a small batch."""
+    monkeypatch.setitem(moe.GROUPED_BATCH, "cpu", 3 * LARGE * LARGE)
+
+
+def test_on_a_gpu_small_batches_run_as_one_program_and_on_a_cpu_small_images_alone():
+    def on(device, n, side):
+        return grouped(torch.empty(n, 3, side, side, device=device))
+
+    assert on("cpu", 4096, 16) and not on("cpu", 1, 17)
+    assert moe.GROUPED_BATCH == {"cuda": 16_384}
+    moe.GROUPED_BATCH["meta"] = moe.GROUPED_BATCH["cuda"]
+    try:
+        assert on("meta", 4096, 16)
+        assert on("meta", 16, 32) and not on("meta", 17, 32)
+        assert on("meta", 4, 64) and not on("meta", 5, 64) and not on("meta", 1, 224)
+    finally:
+        del moe.GROUPED_BATCH["meta"]
+
+
+@pytest.mark.parametrize("training", [False, True])
+@pytest.mark.parametrize(("first", "last"), [(0, 3), (1, 3), (1, 2)])
+def test_every_route_gives_the_same_logits_gradients_and_statistics(training, first, last, monkeypatch):
+    answers = []
+    for batch in (0, 10**9):
+        monkeypatch.setitem(moe.GROUPED_BATCH, "cpu", batch)
+        many = experts().train(training)
+        torch.manual_seed(1)
+        x = torch.rand(3, (last - first) * CHANNELS, LARGE, LARGE, dtype=torch.float64).requires_grad_()
+        assert grouped(x) is (batch > 0)
+        logits = many.some(x, first, last)
+        weights = torch.randn(logits.shape, dtype=torch.float64)
+        gradients = torch.autograd.grad((weights * logits).sum(), [x, *many.parameters()])
+        # of calls nobody reads the number
+        answers.append([logits, *gradients, *(buffer for buffer in many.buffers() if buffer.dim())])
+    for one, other in zip(*answers, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize("batch", [0, 10**9])
+def test_every_route_is_what_stacked_weights_under_vmap_say(batch, monkeypatch):
+    monkeypatch.setitem(moe.GROUPED_BATCH, "cpu", batch)
+    many, one = experts().eval(), make().double().eval()
+    torch.manual_seed(1)
+    x = torch.rand(3, CHANNELS, LARGE, LARGE, dtype=torch.float64).requires_grad_()
+    states = [many.state_of(i, i + 1) for i in range(EXPERTS)]
+    stacked = {name: torch.stack([state[name] for state in states]) for name in states[0]}
+    expected = torch.func.vmap(lambda state: torch.func.functional_call(one, state, (x,)), out_dims=1)(
+        stacked
+    )
+    logits = many(x)
+    weights = torch.randn(logits.shape, dtype=torch.float64)
+    found, gradient = (torch.autograd.grad((weights * z).sum(), x)[0] for z in (logits, expected))
+    torch.testing.assert_close(logits, expected, rtol=1e-9, atol=1e-12)
+    torch.testing.assert_close(found, gradient, rtol=1e-9, atol=1e-12)
+
+
+def test_the_copy_for_gradients_goes_the_way_of_its_batch_and_is_compared_on_both(a_gpu_that_is_small):
+    torch.manual_seed(0)
+    many = Experts(partial(resnet18, channels=1, classes=3, width=4), 3).eval().requires_grad_(False)
+    model, x, y = nn.Sequential(many, nn.Flatten()), torch.rand(5, 1, LARGE, LARGE), torch.zeros(5).long()
+    made = fast(model, x, y)
+    assert made.about == FOLDED
+    (way,) = (part for part in made.model.modules() if isinstance(part, ByBatch))
+    asked = []
+    for name in ("together", "apart"):
+        getattr(way, name).register_forward_hook(lambda *_, name=name: asked.append(name))
+    for n, name in ((1, "together"), (3, "together"), (4, "apart"), (5, "apart")):
+        asked.clear()
+        for found, expected in zip(
+            input_gradient(made.model, x[:n], y[:n], cross_entropy),
+            input_gradient(model, x[:n], y[:n], cross_entropy),
+            strict=True,
+        ):
+            torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-6)
+        assert asked == [name]
+
+
+@pytest.mark.parametrize("way", ["together", "apart"])
+def test_a_copy_that_is_wrong_on_either_way_is_not_used(way, a_gpu_that_is_small, monkeypatch):
+    def wrong(self, experts):
+        inner(self, experts)
+        with torch.no_grad():
+            next(getattr(self, way).parameters()).mul_(1.1)
+
+    inner = ByBatch.__init__
+    monkeypatch.setattr(ByBatch, "__init__", wrong)
+    torch.manual_seed(0)
+    many = Experts(partial(resnet18, channels=1, classes=3, width=4), 3).eval().requires_grad_(False)
+    x, y = torch.rand(5, 1, LARGE, LARGE), torch.zeros(5).long()
+    assert fast(nn.Sequential(many, nn.Flatten()), x, y).about == "as it is (a faster copy differs)"
 
 
 @pytest.mark.parametrize("side", [8, 20])

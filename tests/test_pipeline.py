@@ -803,7 +803,8 @@ def test_other_weights_are_another_run(folder, weights_that_state):
         ({"eps": [0.1]}, r"eps: \[0.1\] is not a number; write 0.03 or 8/255"),
         ({"eps": float("inf")}, "eps: inf is not a finite number"),
         ({"seed": -1}, "seed must be at least 0"),
-        ({"precision": "fp16"}, "no precision 'fp16'; choose fp32 or bf16"),
+        ({"precision": "fp16"}, "no precision 'fp16'; choose fp32, tf32 or bf16"),
+        ({"precision": "tf32", "device": "cpu"}, "precision tf32 is how NVIDIA GPUs .*, and cpu is none"),
         ({"recipe": "huge"}, "'mine' has no recipe 'huge'; it has tiny, fast"),
         (
             {"defense": ["mine", "dwf"], "checkpoint": "x.pt"},

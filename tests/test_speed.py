@@ -14,7 +14,7 @@ from oracles import TwoLayer, dataset, small_net
 from routed_toys import RouteToy
 
 from bench import protocol as protocols
-from bench import registry, speed
+from bench import registry, session, speed
 from bench.cli import main
 from bench.data import Split, load
 from bench.draws import DRAWS
@@ -126,11 +126,36 @@ def test_multiply_adds_parameters_and_shares_of_a_known_network_are_exact(call):
 
 
 def test_a_share_is_of_the_rate_in_the_same_precision(monkeypatch, call):
-    rates = {torch.float32: 1e6, torch.bfloat16: 4e6}
-    monkeypatch.setattr(speed, "matrix_rate", lambda device, dtype: rates[dtype])
+    rates = {"fp32": 1e6, "bf16": 4e6}
+    monkeypatch.setattr(speed, "matrix_rate", lambda device, precision: rates[precision])
     (model,) = told(call, "--defense", "known", "--precision", "bf16")["models"]
     _, plain, quick = model["rates"]
     assert plain["share"] == pytest.approx(4 * quick["share"])
+
+
+def test_a_gpu_that_has_tf32_is_told_of_in_every_precision(monkeypatch, call):
+    for module in (speed, session):
+        monkeypatch.setattr(module, "multiplies_in_tf32", lambda device: True)
+    products, multiplied = torch.backends.cuda.matmul, []
+
+    def once(work, device):
+        work()
+        multiplied.append(products.fp32_precision)
+        return {"ieee": 1.0, "tf32": 0.5}[products.fp32_precision]
+
+    monkeypatch.setattr(speed, "fastest", once)
+    found = told(call, "--defense", "known", "--precision", "tf32")
+    # bf16 is a type of its own
+    assert multiplied[:3] == ["ieee", "tf32", "ieee"]
+    flops = found["machine"]["flops"]
+    assert list(flops) == ["fp32", "tf32", "bf16"] and flops["tf32"] == 2 * flops["fp32"]
+    (model,) = found["models"]
+    gradients = [
+        (rate["precision"], rate["share"]) for rate in model["rates"] if rate["what"] == "fast gradient"
+    ]
+    assert [precision for precision, _ in gradients] == ["fp32", "tf32", "bf16"]
+    assert gradients[1][1] == pytest.approx(gradients[0][1] / 2)
+    assert ", tf32" in next(rate["how"] for rate in model["rates"] if rate["precision"] == "tf32")
 
 
 def test_the_times_of_the_papers_protocol_are_its_passes_times_theirs(call):
@@ -312,7 +337,7 @@ def test_all_trainings_are_told_of_where_all_are_asked_for(call, monkeypatch):
         (["--recipe", "huge"], "has no recipe 'huge'; it has tiny, fast, paper"),
         (["--samples", "0"], "Invalid value for '--samples': 0 is not in the range"),
         (["--batch-size", "0"], "batch size must be at least 1, not 0"),
-        (["--precision", "fp16"], "'fp16' is not one of 'fp32', 'bf16'"),
+        (["--precision", "fp16"], "'fp16' is not one of 'fp32', 'tf32', 'bf16'"),
         (["--device", "gpu"], "no device 'gpu'; choose auto, cpu"),
         (["--dataset", "npz:nowhere"], "nowhere"),
         (["--defense", "hidden"], "hidden: .*carry no gradient"),

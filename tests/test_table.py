@@ -433,9 +433,10 @@ def test_more_notes_than_letters_go_on_with_two(tmp_path):
     assert render(tmp_path).splitlines()[-3:] == ["[z] code-25: it", "[aa] code-26: it", "[ab] code-27: it"]
 
 
-def test_reduced_precision_is_said(tmp_path):
-    run(tmp_path, precision="bf16")
-    assert "Gradients in bf16: dwf." in render(tmp_path)
+@pytest.mark.parametrize("precision", ["bf16", "tf32"])
+def test_reduced_precision_is_said(precision, tmp_path):
+    run(tmp_path, precision=precision)
+    assert f"Gradients in {precision}: dwf." in render(tmp_path)
 
 
 def test_the_long_csv_is_exactly_the_long_table(tmp_path):

@@ -458,6 +458,24 @@ def test_losses_run_in_bf16_where_it_is_asked(tmp_path):
     assert set(seen[:BATCHES]) == {torch.float32} and set(seen[BATCHES:]) == {torch.bfloat16}
 
 
+@pytest.mark.parametrize(("precision", "multiplied"), [("fp32", "ieee"), ("tf32", "tf32")])
+def test_a_step_multiplies_as_it_was_asked_and_looking_does_not(precision, multiplied, tmp_path):
+    seen, products = [], torch.backends.cuda.matmul
+    before = products.fp32_precision
+
+    def loss(model, x, y, rng):
+        seen.append(products.fp32_precision)
+        return F.cross_entropy(model(x), y)
+
+    def observe(model, held, rows):
+        assert products.fp32_precision == before
+        return {}
+
+    run(tmp_path, stage(loss, epochs=1, observe=observe), precision=precision)
+    paces(Made(stage(loss, epochs=1)), DATA, device="cpu", precision=precision)
+    assert len(seen) > BATCHES and set(seen) == {multiplied}
+
+
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_what_a_stage_computes_after_its_own_step_sees_the_weights_after_it(precision, tmp_path):
     def update(model, x, y, rng, optimisers):

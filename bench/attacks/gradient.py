@@ -8,6 +8,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
+from bench.arithmetic import arithmetic_of
 from bench.attacks.losses import AttackLoss
 from bench.errors import NonFinite, VoidRun
 from bench.types import Images, Labels, Logits, Model
@@ -20,7 +21,8 @@ def input_gradient(
 
     With `eot` > 1 both are means over that many passes (expectation over transformation, Athalye et al. 2018): the
     gradient of a random model's expected loss. A model with an attribute `at_once` is given that many images at a
-    time, which bounds memory and changes nothing else, images being independent.
+    time, which bounds memory and changes nothing else, images being independent. One with a method `arithmetic` is passed
+    forward and backward inside the context that it gives.
 
     Raises:
         NonFinite: a logit or a gradient is NaN or infinite.
@@ -37,10 +39,11 @@ def unchecked_gradient(
     """As `input_gradient`, but without waiting for the device to see that all is finite."""
     assert eot >= 1, f"eot must be at least 1, not {eot}"
     at_once = getattr(model, "at_once", None) or len(x)
-    found = [
-        _mean([_one_pass(model, some, labels, loss) for _ in range(eot)])
-        for some, labels in zip(torch.split(x, at_once), torch.split(y, at_once), strict=True)
-    ]
+    with arithmetic_of(model):
+        found = [
+            _mean([_one_pass(model, some, labels, loss) for _ in range(eot)])
+            for some, labels in zip(torch.split(x, at_once), torch.split(y, at_once), strict=True)
+        ]
     if len(found) == 1:
         return found[0]
     return torch.cat([g for g, _ in found]), torch.cat([z for _, z in found])

@@ -19,13 +19,14 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
+from bench.arithmetic import exact_arithmetic
 from bench.attacks.mixture import deployed_weights, mixed
 from bench.audit.check import Check, Evidence, check
 from bench.audit.untouched import State, frozen, generator_states, generators_kept, seed_all, seeded_states
 from bench.audit.watch import Watched, watching
 from bench.errors import BenchError, VoidRun
 from bench.finding import Finding
-from bench.judge import ask, exact_arithmetic
+from bench.judge import ask
 from bench.model import evaluating
 from bench.moe import as_mixture
 from bench.record import Facts

@@ -19,12 +19,13 @@ from functools import cached_property
 import torch
 from torch import Tensor, nn
 
+from bench.arithmetic import exact_arithmetic
 from bench.attacks.gradient import input_gradient
 from bench.attacks.losses import LOSSES, cross_entropy, margin
 from bench.audit.check import Check, Evidence, check, findings
 from bench.errors import NonFinite, VoidRun
 from bench.finding import Finding
-from bench.judge import ask, exact_arithmetic, seeded
+from bench.judge import ask, seeded
 from bench.rng import Rng
 from bench.types import Images, Labels, Logits
 

@@ -308,7 +308,7 @@ CRASHED = "a model must answer every image in [0,1] with finite logits and finit
     rule="M15",
     threshold=0.005,
     severity="warns",
-    advice="gradients of the quick copy (bf16, folded layers) attack less well than the model's own: run with --precision fp32",
+    advice="gradients of the quick copy (bf16, TF32, folded layers) attack less well than the model's own: run with --precision fp32",
 )
 def weaker_gradients(subject: Subject, threshold: float) -> Evidence:
     """PGD-10 by the deployed model's own gradients breaks more than 0.5 points and two paired standard errors more than by the quick copy's."""
@@ -548,6 +548,7 @@ class Smooth(nn.Module):
         noise = Rng("smooth").normal(like[:1].expand(COPIES, *like.shape[1:]))
         per_pixel = threat.eps if threat.norm == "Linf" else threat.eps / like[0].numel() ** 0.5
         self.model, self.noise, self.at_once = model, SMOOTHING * per_pixel * noise, model.at_once
+        self.arithmetic = model.arithmetic
 
     def forward(self, x: Images) -> Tensor:
         """`(b, c, h, w)` to `(b, k)`."""

@@ -12,11 +12,12 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from bench.arithmetic import exact_arithmetic
 from bench.audit.gradients import gradient_checks, saturation
 from bench.audit.outcomes import Outcomes, outcome_findings
 from bench.audit.probes import probe
 from bench.finding import Finding, merged, verdict
-from bench.judge import Cost, Judge, exact_arithmetic, seeded
+from bench.judge import Cost, Judge, seeded
 from bench.record import Audited, Record
 from bench.rng import Rng
 from bench.threat import threat_model

@@ -54,7 +54,7 @@ class Split:
         images = torch.from_numpy(np.ascontiguousarray(self.images[index])).to(device)
         # a slice of an array is a view: what the caller does to a batch must not reach the dataset
         labels = torch.from_numpy(np.ascontiguousarray(self.labels[index])).to(device, copy=True)
-        return images.permute(0, 3, 1, 2).float().div_(255).contiguous(), labels
+        return pixels(images), labels
 
     @cached_property
     def hash(self) -> str:
@@ -67,6 +67,11 @@ class Split:
     def take(self, index: np.ndarray) -> Split:
         """The split of these positions alone."""
         return Split(self.images[index], self.labels[index])
+
+
+def pixels(images: torch.Tensor) -> Images:
+    """Images as they were stored, uint8 `(b, h, w, c)`, as float32 `(b, c, h, w)` in [0,1]."""
+    return images.permute(0, 3, 1, 2).float().div_(255).contiguous()
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -10,7 +10,7 @@ import matplotlib
 import torch
 from torch import Tensor, nn
 
-from bench.judge import exact_arithmetic
+from bench.arithmetic import exact_arithmetic
 from bench.plot.network import Attacked, attacked, images_of, only, ready
 from bench.plot.style import COLORS, STYLE, WIDE, WIDTH, canvas, lines_of, saved, write
 from bench.record import safe

@@ -13,8 +13,8 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from bench.arithmetic import exact_arithmetic
 from bench.errors import UsageError
-from bench.judge import exact_arithmetic
 from bench.moe import RoutedModel, as_mixture
 from bench.plot.network import attacked, images_of, only, ready
 from bench.plot.style import COLORS, HATCH, STYLE, WIDE, WIDTH, canvas, lines_of, saved, tidy, write

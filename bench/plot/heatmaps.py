@@ -16,9 +16,9 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn import functional as F
 
+from bench.arithmetic import exact_arithmetic
 from bench.errors import UsageError
 from bench.gradcam import heatmaps
-from bench.judge import exact_arithmetic
 from bench.plot.network import as_trained, images_of, only
 from bench.plot.style import STYLE, WIDTH, canvas, saved, write
 from bench.record import safe

@@ -7,9 +7,9 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
+from bench.arithmetic import exact_arithmetic
 from bench.attacks.pgd import pgd
 from bench.errors import UsageError
-from bench.judge import exact_arithmetic
 from bench.provenance import code_hash
 from bench.rng import Rng
 from bench.session import Job, Session

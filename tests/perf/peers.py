@@ -41,6 +41,7 @@ from peers_contest import Clock, Ours, Result, Subject, in_turn, one_by_one, sta
 from torch import Tensor
 
 from bench import protocol as protocols
+from bench.arithmetic import arithmetic_of
 from bench.errors import BenchError
 from bench.fast import fast
 from bench.outcome import Outcome
@@ -292,7 +293,8 @@ def autoattack(report: Report, on: Subject) -> None:
             x, y = on.batch(index)
             with Clock(on.device) as clock:
                 ensemble = AutoAttack(attacked, eps=on.eps, norm="Linf", seed=0, device=on.device)
-                x_adv, _ = ensemble.run_standard_evaluation(x, y, batch_size=args.batch_size)
+                with arithmetic_of(attacked):
+                    x_adv, _ = ensemble.run_standard_evaluation(x, y, batch_size=args.batch_size)
             right = standing(on.model, x_adv, y).cpu().numpy() & on.clean[index]
             return {"autoattack": right}, clock.seconds
 
@@ -394,7 +396,7 @@ def arguments(given: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--batch-size", type=int, default=128, help="of peers and ours")
     parser.add_argument("--first-batch-size", type=int, default=1024, help="of ours in `first`")
     parser.add_argument("--rounds", type=int, default=1, help="the fastest of so many counts, for each batch")
-    parser.add_argument("--precision", nargs="+", choices=["fp32", "bf16"], default=["fp32", "bf16"])
+    parser.add_argument("--precision", nargs="+", choices=["fp32", "tf32", "bf16"], default=["fp32", "bf16"])
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--threads", type=int, help="of torch; default: its own choice")
     parser.add_argument("--results", default=".perf", help="where networks are kept once they are trained")
