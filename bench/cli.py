@@ -317,7 +317,7 @@ def _strict(strict: bool, doubtful: Sequence[Any]) -> None:
 def audit(run_: str, results: Path, strict: bool, as_json: bool) -> None:
     """Say what speaks against believing a run.
 
-    RUN is its folder, or any part of dataset/defense/protocol-key that only it has.
+    RUN is its folder, or any part of dataset/defense/protocol-key that only it has; a whole name goes before a part of one.
     """
     from bench.audit import kept as audits
     from bench.finding import verdict

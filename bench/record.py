@@ -15,6 +15,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 import shutil
 import tempfile
 from collections.abc import Iterator, Sequence
@@ -361,6 +362,8 @@ def read(path: Path) -> Record | None:
 def find(results: Path, run: str) -> Path:
     """The folder of the run that a user means: its path, or any part of `dataset/defense/protocol-key` that only it has.
 
+    Where whole names fit, those that merely hold the text do not: `dwf` is the defense and not its protocol `dwf-paper`.
+
     Raises:
         UsageError: none or several fit.
     """
@@ -375,6 +378,7 @@ def find(results: Path, run: str) -> Path:
     fits = list(
         dict.fromkeys(path for path in folders if run in path.relative_to(results / "runs").as_posix())
     )
+    fits = [path for path in fits if _called(path, run)] or fits
     if len(fits) == 1:
         return fits[0]
     shown = ", ".join(path.relative_to(results / "runs").as_posix() for path in (fits or folders)[:5])
@@ -390,6 +394,16 @@ def find(results: Path, run: str) -> Path:
     )
     raise UsageError(
         f"{'several runs fit' if fits else 'no run fits'} {run!r} in {str(results)!r}{known}{near}"
+    )
+
+
+def _called(folder: Path, run: str) -> bool:
+    """Whether a text is one or more whole names in a run's path; the key may be left out."""
+    dataset, defense, protocol = folder.parts[-3:]
+    given = f"/{run.strip('/')}/"
+    return any(
+        given in f"/{dataset}/{defense}/{last}/"
+        for last in (protocol, re.sub(r"-[0-9a-f]{12}$", "", protocol))
     )
 
 
