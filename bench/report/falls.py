@@ -15,7 +15,7 @@ from bench.per_class import names
 from bench.record import ColumnRecord
 
 #: fallen images that are listed one by one; all of them are in outcomes.parquet
-LISTED = 20
+LISTED = 10
 #: classes that fit into a table of answers; of more, the commonest mistakes are listed, so many of them
 FIT, COMMONEST = 20, 20
 

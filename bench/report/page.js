@@ -94,7 +94,7 @@
     const range = dark.matches ? ["#1d2126", "#8fd0ff"] : ["#f3f6fa", "#08306b"];
     const most = said.most ?? Math.max(...values.map((one) => one.value));
     return {
-      data: { values }, mark: { type: "rect" }, height: Math.max(230, 60 + 14 * new Set(values.map((one) => one.y)).size),
+      data: { values }, mark: { type: "rect" }, height: Math.max(280, 110 + 16 * new Set(values.map((one) => one.y)).size),
       encoding: {
         x: { field: "x", type: "nominal", sort: null, title: said.x, axis: slanted(values) }, y: { field: "y", type: "nominal", sort: null, title: said.y },
         color: { field: "value", type: "quantitative", title: said.value, scale: { domain: [0, most], range } },
