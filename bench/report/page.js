@@ -87,7 +87,10 @@
     const all = [...table.tBodies[0].rows].flatMap((row) => heads.map((head, at) => ({ x: head.textContent, y: row.cells[0].textContent, value: +row.cells[at].textContent, used: at && !("not" in head.dataset) })));
     return all.filter((one) => one.used);
   };
-  const slanted = (values) => ({ labelAngle: values.some((one) => one.x.length > 5) ? -45 : 0, labelOverlap: true });
+  const slanted = (values) => {
+    const long = values.some((one) => one.x.length > 5);
+    return { labelAngle: long ? -45 : 0, labelOverlap: !long };
+  };
   const heat = (figure) => {
     const said = JSON.parse(figure.dataset.heat);
     const values = cells(figure);
