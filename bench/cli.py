@@ -132,6 +132,16 @@ def commands(context: click.Context) -> None:
         context.exit()
 
 
+results_option = click.option(
+    "--results", type=click.Path(path_type=Path), default=Path("results"), show_default=True, metavar="DIR"
+)
+
+
+def of_network(option: str, help: str) -> Callable[[Command], Command]:
+    """An option that asks for a figure of one trained network."""
+    return click.option(option, metavar="DEFENSE", help=help, shell_complete=completion.defense)
+
+
 def asked(train_only: bool) -> Callable[[Command], Command]:
     """The options that `run` and `train` share, and those of `run` alone."""
     shared = [
@@ -175,13 +185,7 @@ def asked(train_only: bool) -> Callable[[Command], Command]:
             type=click.Path(path_type=Path),
             help="Where the datasets' files are. [default: ./data]",
         ),
-        click.option(
-            "--results",
-            type=click.Path(path_type=Path),
-            default=Path("results"),
-            show_default=True,
-            metavar="DIR",
-        ),
+        results_option,
         click.option(
             "--plugin",
             type=click.Path(path_type=Path),
@@ -309,15 +313,13 @@ def _strict(strict: bool, doubtful: Sequence[Any]) -> None:
 
 @commands.command()
 @click.argument("run_", metavar="RUN")
-@click.option(
-    "--results", type=click.Path(path_type=Path), default=Path("results"), show_default=True, metavar="DIR"
-)
+@results_option
 @click.option("--strict", is_flag=True, help="Exit with 2 unless the run is credible.")
 @click.option("--json", "as_json", is_flag=True)
 def audit(run_: str, results: Path, strict: bool, as_json: bool) -> None:
     """Say what speaks against believing a run.
 
-    RUN is its folder, or any part of dataset/defense/protocol-key that only it has.
+    RUN is its folder, or any part of dataset/defense/protocol-key that only it has; a whole name goes before a part of one.
     """
     from bench.audit import kept as audits
     from bench.finding import verdict
@@ -411,9 +413,7 @@ def train(explain: bool, as_json: bool, **shared: Any) -> None:
 
 
 @commands.command()
-@click.option(
-    "--results", type=click.Path(path_type=Path), default=Path("results"), show_default=True, metavar="DIR"
-)
+@results_option
 @click.option(
     "--format",
     "format_",
@@ -651,9 +651,7 @@ def lint(files: tuple[Path, ...], strict: bool, as_json: bool) -> None:
     shell_complete=completion.protocol,
 )
 @click.option("--column", default="worst-case", show_default=True, help="Of their protocol.")
-@click.option(
-    "--results", type=click.Path(path_type=Path), default=Path("results"), show_default=True, metavar="DIR"
-)
+@results_option
 @click.option("--alpha", type=float, default=0.05, show_default=True, help="The level of the test.")
 @click.option("--power", type=float, default=0.8, show_default=True, help="How often it shall find it.")
 @click.option("--json", "as_json", is_flag=True)
@@ -674,9 +672,7 @@ def power(
 
 
 @commands.command()
-@click.option(
-    "--results", type=click.Path(path_type=Path), default=Path("results"), show_default=True, metavar="DIR"
-)
+@results_option
 @click.option(
     "--out", type=click.Path(path_type=Path), help="Where to. [default: figures/ in the results folder]"
 )
@@ -688,24 +684,9 @@ def power(
 )
 @click.option("--tradeoff", is_flag=True, help="Clean against worst-case accuracy, and the Pareto front.")
 @click.option("--matrix", is_flag=True, help="Every defense under every attack, as a heat map.")
-@click.option(
-    "--gallery",
-    metavar="DEFENSE",
-    help="Images, perturbations, and what a trained network says of them.",
-    shell_complete=completion.defense,
-)
-@click.option(
-    "--gates",
-    metavar="DEFENSE",
-    help="A trained mixture's gate weights, clean against attacked.",
-    shell_complete=completion.defense,
-)
-@click.option(
-    "--heatmaps",
-    metavar="DEFENSE",
-    help="Where each expert of a trained mixture looks: Grad-CAM.",
-    shell_complete=completion.defense,
-)
+@of_network("--gallery", "Images, perturbations, and what a trained network says of them.")
+@of_network("--gates", "A trained mixture's gate weights, clean against attacked.")
+@of_network("--heatmaps", "Where each expert of a trained mixture looks: Grad-CAM.")
 @click.option("--data", "data_only", is_flag=True, help="Write only the CSV behind each figure.")
 @click.option(
     "--dataset",
@@ -814,9 +795,7 @@ def plot(
 
 
 @commands.command()
-@click.option(
-    "--results", type=click.Path(path_type=Path), default=Path("results"), show_default=True, metavar="DIR"
-)
+@results_option
 @click.option(
     "--out", type=click.Path(path_type=Path), help="The file. [default: report.html in the results folder]"
 )
@@ -918,9 +897,7 @@ def list_(what: str | None, plugin: Path | None, results: Path, as_json: bool) -
 
 @commands.command()
 @click.option("--data-dir", type=click.Path(path_type=Path), help="Where the datasets' files are.")
-@click.option(
-    "--results", type=click.Path(path_type=Path), default=Path("results"), show_default=True, metavar="DIR"
-)
+@results_option
 @click.option("--json", "as_json", is_flag=True)
 def doctor(data_dir: Path | None, results: Path, as_json: bool) -> None:
     """Say what this machine has, where data, checkpoints and results are, and what would make it faster."""

@@ -20,13 +20,39 @@ def answer(commands: click.Command, instruction: str) -> int:
     return shell_complete(commands, {}, "bench", ASKED, instruction)
 
 
+#: what is changed in click's scripts, and to what: a name that ends in a colon is only begun, so that no blank follows it, which
+#: fish knows by itself; and fish must not cut at every comma, since what is completed may be a list with commas
+_CHANGED = {
+    "bash": [
+        (
+            "COMPREPLY+=($value)\n",
+            "COMPREPLY+=($value)\n            [[ $value == *: ]] && compopt -o nospace\n",
+        )
+    ],
+    "zsh": [
+        ("local -a response\n", "local -a response\n    local -a begun\n"),
+        (
+            'if [[ "$descr" == "_" ]]; then\n',
+            'if [[ "$key" == *: ]]; then\n                begun+=("$key":"$descr")\n            elif [[ "$descr" == "_" ]]; then\n',
+        ),
+        (
+            '    if [ -n "$completions" ]; then\n',
+            "    if [ -n \"$begun\" ]; then\n        _describe -V unsorted begun -U -S ''\n    fi\n\n"
+            '    if [ -n "$completions" ]; then\n',
+        ),
+    ],
+    "fish": [('string split ","', 'string split --max 1 ","')],
+}
+
+
 def script(commands: click.Command, shell: str) -> str:
     """What makes a shell complete names: to be evaluated by bash or zsh, to be kept where fish looks."""
     kind = get_completion_class(shell)
     assert kind is not None
     source = kind(commands, {}, "bench", ASKED).source()
-    # click's fish cuts at every comma, but what is completed may be a list with commas
-    return source.replace('string split ","', 'string split --max 1 ","')
+    for of_click, ours in _CHANGED[shell]:
+        source = source.replace(of_click, ours)
+    return source
 
 
 def defense(context: click.Context, parameter: click.Parameter, incomplete: str) -> list[CompletionItem]:

@@ -32,7 +32,7 @@ def block(alike: Sequence[Group]) -> Block:
     """
     labels = _labels(alike)
     classes, n = np.unique(labels, return_counts=True)
-    names = _names(alike[0].dataset, classes)
+    called = names(alike[0].dataset, classes)
     lines: list[list[Cell | None]] = []
     for group in alike:
         clean = next((column.name for column in group.columns if column.attack == "clean"), None)
@@ -56,7 +56,7 @@ def block(alike: Sequence[Group]) -> Block:
         caption=tuple(_caption(alike, lines, n)),
         best="the best measured value of a column in a credible row; leads are not tested" if several else "",
         differs="",
-        headings=tuple((kind, name) for kind in ("RA", "SA") for name in ("all", "worst class", *names)),
+        headings=tuple((kind, name) for kind in ("RA", "SA") for name in ("all", "worst class", *called)),
         rows=tuple(rows),
         notes=tuple(notes.texts.items()),
     )
@@ -73,10 +73,11 @@ def _labels(alike: Sequence[Group]) -> NDArray[np.int64]:
     return np.asarray(table.sort_values("index")["label"], dtype=np.int64)
 
 
-def _names(dataset: str, classes: NDArray[np.int64]) -> list[str]:
-    """The names of these labels where they are known without the dataset's files, else their numbers."""
+def names(dataset: str, classes: NDArray[np.int64]) -> list[str]:
+    """The names of these classes where they are known without the dataset's files, else their numbers."""
     known = load(dataset).classes if dataset in _NAMED else ()
-    return [known[label] if known else str(label) for label in classes]
+    # a network may have more outputs than there are classes
+    return [known[label] if label < len(known) else str(label) for label in classes]
 
 
 def _cells(

@@ -15,6 +15,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 import shutil
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
@@ -305,6 +306,19 @@ class Record(BaseModel):
             ) from None
         return frame
 
+    def experts(self) -> pd.DataFrame | None:
+        """Of a mixture: one row per image, kind of image and expert; None where the record does not tell.
+
+        - `index`, `label`, `at`: which image, and whether it is `clean` or what the attack of that column made of it.
+        - `expert`, `weight`: its weight after the softmax; of a hard gate 1 for the expert that answers and 0 for the others.
+        - `right`: whether that expert alone answers the label.
+        """
+        import pandas as pd
+
+        assert self._folder is not None, "a record that was not read from disk"
+        path = self._folder / "experts.parquet"
+        return pd.read_parquet(path) if path.exists() else None
+
 
 #: the columns of outcomes.parquet, and the kinds of numbers in them as numpy names them
 _KINDS = {
@@ -387,6 +401,8 @@ def read(path: Path) -> Record | None:
 def find(results: Path, run: str) -> Path:
     """The folder of the run that a user means: its path, or any part of `dataset/defense/protocol-key` that only it has.
 
+    Where whole names fit, those that merely hold the text do not: `dwf` is the defense and not its protocol `dwf-paper`.
+
     Raises:
         UsageError: none or several fit.
     """
@@ -401,6 +417,7 @@ def find(results: Path, run: str) -> Path:
     fits = list(
         dict.fromkeys(path for path in folders if run in path.relative_to(results / "runs").as_posix())
     )
+    fits = [path for path in fits if _called(path, run)] or fits
     if len(fits) == 1:
         return fits[0]
     shown = ", ".join(path.relative_to(results / "runs").as_posix() for path in (fits or folders)[:5])
@@ -416,6 +433,16 @@ def find(results: Path, run: str) -> Path:
     )
     raise UsageError(
         f"{'several runs fit' if fits else 'no run fits'} {run!r} in {str(results)!r}{known}{near}"
+    )
+
+
+def _called(folder: Path, run: str) -> bool:
+    """Whether a text is one or more whole names in a run's path; the key may be left out."""
+    dataset, defense, protocol = folder.parts[-3:]
+    given = f"/{run.strip('/')}/"
+    return any(
+        given in f"/{dataset}/{defense}/{last}/"
+        for last in (protocol, re.sub(r"-[0-9a-f]{12}$", "", protocol))
     )
 
 

@@ -29,7 +29,8 @@ def wilson(
     Raises:
         UsageError: a count outside 0..n, no trials, or a level outside (0,1).
     """
-    k, total = np.broadcast_arrays(np.asarray(successes, dtype=np.float64), np.asarray(n, dtype=np.float64))
+    # copies, for what is merely broadcast may not be written to, and statsmodels asks for arrays that may
+    k, total = map(np.array, np.broadcast_arrays(np.asarray(successes, float), np.asarray(n, float)))
     if not 0 < level < 1:
         raise UsageError(f"level {level} of an interval is not between 0 and 1; 0.95 is usual")
     if not ((total > 0) & (k >= 0) & (k <= total)).all():

@@ -56,11 +56,16 @@ def run(
     shuffle: bool = False,
     damage=lambda table: table,
     findings: Sequence[Finding] = (),
+    experts: pd.DataFrame | None = None,
+    step: int | Sequence[int] = 1,
+    restart: int | Sequence[int] = 0,
+    read_as: Sequence[int] | None = None,
     **said,
 ) -> Record:
     """A finished run; `held` says per column which images held, or how many of the first; all by default.
 
-    Its verdict is what its findings come to.
+    Its verdict is what its findings come to. What fell did so at this step of this start, and was read as the next class, if
+    nothing else is said, image by image; `experts` is what it tells of a mixture's gate.
     """
     columns = paper_columns() if columns is None else list(columns)
     held = held or {}
@@ -75,10 +80,10 @@ def run(
                     "index": np.arange(len(robust)) * 3,
                     "label": labels,
                     "column": column.name,
-                    "prediction": np.where(robust, labels, (labels + 1) % 10),
+                    "prediction": np.where(robust, labels, (labels + 1) % 10 if read_as is None else read_as),
                     "robust": robust,
-                    "restart": np.where(robust, -1, 0).astype("int16"),
-                    "step": np.where(robust, -1, 1).astype("int16"),
+                    "restart": np.where(robust, -1, restart).astype("int16"),
+                    "step": np.where(robust, -1, step).astype("int16"),
                     "share": robust.astype("float32"),
                     "selected": robust.astype("float32"),
                 }
@@ -116,7 +121,22 @@ def run(
         **said,
     )
     path = folder(results, asked)
+    if experts is not None:
+        path.mkdir(parents=True, exist_ok=True)
+        experts.to_parquet(path / "experts.parquet", index=False)
     finish(path, record, file.getvalue())
     record = read(path)
     assert record is not None
     return record
+
+
+def gate(weights: Mapping[str, np.ndarray], right: np.ndarray | bool = True) -> pd.DataFrame:
+    """What a record tells of its gate: by kind of image the weights `(n, e)` of images whose classes count up from 0 to 9."""
+    parts = []
+    for at, given in weights.items():
+        n, e = given.shape
+        index = np.repeat(np.arange(n), e)
+        own = {"index": index * 3, "label": index % 10, "at": at, "expert": np.tile(np.arange(e), n)}
+        answers = np.broadcast_to(right, given.shape).flatten()
+        parts.append(pd.DataFrame({**own, "weight": given.ravel(), "right": answers}))
+    return pd.concat(parts, ignore_index=True)

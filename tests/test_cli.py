@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 import bench
-from bench import pipeline, registry
+from bench import pipeline
 from bench.cli import main
 from bench.evaluate import Evaluator
 from bench.long import HEADER
@@ -31,19 +31,6 @@ def fine(data):
     return nn.Sequential(nn.Flatten(), nn.Linear(64, 10))
 """
 PROTOCOL = 'name = "one"\n[[column]]\nattack = "fgsm"\n'
-
-
-@pytest.fixture(autouse=True)
-def registry_is_put_back():
-    path = list(sys.path)
-    yield
-    for name, one in list(registry._registered.items()):
-        if one.owner.split(".")[0] not in registry.PACKAGES:
-            del registry._registered[name]
-    registry._plugins.clear()
-    for module in [module for module in sys.modules if module.startswith("bench_plugin_")]:
-        del sys.modules[module]
-    sys.path[:] = path
 
 
 @pytest.fixture(scope="module")

@@ -6,11 +6,12 @@ import sys
 from pathlib import Path
 
 import pytest
-from click.shell_completion import ShellComplete
+from click.shell_completion import ShellComplete, get_completion_class
 from click.testing import CliRunner
 
 from bench import registry
 from bench.cli import commands
+from bench.completion import _CHANGED, ASKED
 
 ROOT = Path(__file__).parent.parent
 HEAVY = ("torch", "pandas", "pyarrow", "matplotlib", "scipy", "sklearn")
@@ -99,9 +100,24 @@ def test_a_script_asks_bench_for_what_fits(shell):
     assert done.exit_code == 0 and f"_BENCH_COMPLETE={shell}_complete" in done.output
 
 
-def test_a_list_with_commas_reaches_fish_whole():
-    done = CliRunner().invoke(commands, ["completion", "fish"])
-    assert 'string split --max 1 ","' in done.output and 'split ","' not in done.output
+@pytest.mark.parametrize(
+    ("shell", "kept", "gone"),
+    [
+        ("fish", 'string split --max 1 ","', 'split ","'),
+        ("bash", "[[ $value == *: ]] && compopt -o nospace", None),
+        ("zsh", "_describe -V unsorted begun -U -S ''", None),
+    ],
+)
+def test_lists_with_commas_stay_whole_and_no_blank_follows_what_is_only_begun(shell, kept, gone):
+    script = CliRunner().invoke(commands, ["completion", shell]).output
+    assert kept in script and (gone is None or gone not in script)
+
+
+@pytest.mark.parametrize(
+    ("shell", "of_click"), [(shell, old) for shell, changes in _CHANGED.items() for old, _ in changes]
+)
+def test_what_is_changed_stands_in_clicks_script_once(shell, of_click):
+    assert get_completion_class(shell)(commands, {}, "bench", ASKED).source().count(of_click) == 1
 
 
 def test_bash_completes_by_its_script(tmp_path):

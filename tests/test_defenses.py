@@ -7,7 +7,6 @@ import json
 import math
 import os
 import signal
-import sys
 
 import pytest
 import torch
@@ -313,19 +312,6 @@ class Own(Defense[Config]):
 '''
 
 
-@pytest.fixture
-def registry_is_put_back(monkeypatch):
-    for name, value in vars(registry).items():
-        if isinstance(value, dict) and not name.startswith("__"):
-            monkeypatch.setattr(registry, name, dict(value))
-    before = set(sys.modules)
-    yield
-    for module in set(sys.modules) - before:
-        if module.startswith("bench_plugin_"):
-            del sys.modules[module]
-
-
-@pytest.mark.usefixtures("registry_is_put_back")
 def test_a_defense_needs_a_file_and_no_other_edit(tmp_path):
     (tmp_path / "own.py").write_text(PLUGIN)
     frame = bench.run(

@@ -22,12 +22,10 @@ def test_the_kept_figures_show_what_the_records_give(root):
     assert tables.stale_figures(root) == []
 
 
-def test_the_readmes_defense_is_registered_trained_and_evaluated(tmp_path, monkeypatch):
+def test_the_readmes_defense_is_registered_trained_and_evaluated(tmp_path):
     (example,) = re.findall(r"<!-- example.*?-->\n```python\n(.*?)```", README, re.DOTALL)
     plugin = tmp_path / "my_defense.py"
     plugin.write_text(example)
-    before = dict(registry._registered)
-    monkeypatch.setattr(registry, "_registered", before)
     frame = bench.run(
         defense="mine",
         dataset="digits",

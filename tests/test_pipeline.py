@@ -63,19 +63,6 @@ class Mine(bench.Defense[Config]):
 '''
 
 
-@pytest.fixture(autouse=True)
-def registry_is_put_back(monkeypatch):
-    path = list(sys.path)
-    yield
-    for name, one in list(registry._registered.items()):
-        if one.owner.split(".")[0] not in registry.PACKAGES:
-            del registry._registered[name]
-    registry._plugins.clear()
-    for module in [module for module in sys.modules if module.startswith(("bench_plugin_", "made_up_"))]:
-        del sys.modules[module]
-    sys.path[:] = path
-
-
 @pytest.fixture
 def folder(tmp_path):
     (tmp_path / "mine.py").write_text(PLUGIN)

@@ -21,20 +21,6 @@ def function(name, doc="A model."):
     return f'import bench\n@bench.register("{name}")\ndef build(data):\n    """{doc}"""\n{MODEL}'
 
 
-@pytest.fixture(autouse=True)
-def registry_is_put_back():
-    names, modules, path = set(registry._registered), set(sys.modules), list(sys.path)
-    yield
-    for name in set(registry._registered) - names:
-        if registry._registered[name].owner.split(".")[0] not in registry.PACKAGES:
-            del registry._registered[name]
-    for module in set(sys.modules) - modules:
-        if module.startswith(("bench_plugin_", "made_up_")):
-            del sys.modules[module]
-    registry._plugins.clear()
-    sys.path[:] = path
-
-
 @pytest.fixture
 def plugin(tmp_path):
     def write(content, name="my_defense.py"):

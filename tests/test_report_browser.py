@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from made_up import found, paper_columns, run
+from made_up import found, gate, paper_columns, run
 from PIL import Image
 
 from bench import report
@@ -39,6 +39,12 @@ def browser():
         started.close()
 
 
+def leaning(sharpness, images=200, experts=9):
+    """Weights of a gate that leans towards the expert of an image's class."""
+    scores = np.where(np.arange(images)[:, None] % 10 == np.arange(experts), sharpness, 0.0)
+    return np.exp(scores) / np.exp(scores).sum(1, keepdims=True)
+
+
 @pytest.fixture(scope="module")
 def written(tmp_path_factory):
     results = tmp_path_factory.mktemp("results")
@@ -47,6 +53,8 @@ def written(tmp_path_factory):
         {f"fgsm-0.0{i}": 190 - 6 * i for i in range(1, 10)},
         defense="mixture",
         model=Facts(mixture="soft"),
+        experts=gate({"clean": leaning(3.0), "pgd-10": leaning(1.0)}, np.arange(9) < 7),
+        step=np.arange(200) % 50,
     )
     run(results, {"a-pgd-100": 60}, defense="doubted", findings=[found("gradients vanish")])
     run(results, {"a-pgd-100": 120}, defense="another")
@@ -145,6 +153,34 @@ def test_hovering_a_point_tells_its_numbers(opened):
     tip = opened.page.locator("#vg-tooltip-element.visible")
     tip.wait_for()
     assert "worst" in tip.inner_text()
+
+
+@pytest.fixture
+def heat(opened):
+    """The tiles of the mixture's gate, clean and attacked."""
+    opened.page.get_by_role("link", name="mixture").click()
+    found = []
+    for figure in opened.page.locator("details.defense[open] figure[data-heat]").all()[:2]:
+        figure.scroll_into_view_if_needed()
+        found.append(figure.locator("svg path[aria-roledescription='rect mark']"))
+        found[-1].first.wait_for()
+    return found
+
+
+def test_the_gate_is_drawn_clean_beside_attacked_to_one_scale(heat):
+    clean, attacked = heat
+    assert clean.count() == attacked.count() == 10 * 9
+    # each is the largest of its figure: scaled to itself, it would have the deepest shade in both
+    assert clean.first.get_attribute("fill") != attacked.first.get_attribute("fill")
+    (left, right) = (tiles.first.bounding_box() for tiles in heat)
+    assert left["y"] == right["y"] and left["x"] < right["x"]
+
+
+def test_hovering_a_tile_tells_class_expert_and_weight(opened, heat):
+    heat[0].first.hover(force=True)
+    tip = opened.page.locator("#vg-tooltip-element.visible")
+    tip.wait_for()
+    assert tip.inner_text().split() == ["class", "0", "expert", "1", "mean", "weight", "(%)", "71.5"]
 
 
 def test_a_link_opens_the_section_that_it_leads_to(opened):

@@ -27,6 +27,10 @@ def test_wilson_of_arrays_is_wilson_of_their_elements():
         assert (low[i], high[i]) == wilson(k, n)
 
 
+def test_wilson_of_several_shares_of_the_same_n_needs_it_once():
+    assert np.array_equal(wilson([0, 3, 10], 10), wilson([0, 3, 10], [10, 10, 10]))
+
+
 def test_wilson_of_a_mean_over_seeds_lies_between_its_neighbours():
     assert wilson(3, 10)[0] < wilson(3.5, 10)[0] < wilson(4, 10)[0]
 

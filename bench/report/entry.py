@@ -3,13 +3,10 @@
 from __future__ import annotations
 
 import math
-from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
-
-import numpy as np
 
 from bench import published, registry
 from bench.block import doubt, remarks
@@ -19,9 +16,8 @@ from bench.long import WORST_CASE, Group, Measured
 from bench.per_class import block as per_class
 from bench.record import ColumnRecord, Record, Void
 from bench.report import words
-
-#: fallen images that are listed one by one; all of them are in outcomes.parquet
-LISTED = 20
+from bench.report.falls import Falls, counted, falls
+from bench.report.gate import Gate, usage
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,18 +36,6 @@ class Line:
     measured: Measured
     asked: str
     beside: tuple[Beside, ...]
-
-
-@dataclass(frozen=True, kw_only=True)
-class Fallen:
-    """One image that a run lost to an attack: where it lies in the dataset, and how it fell."""
-
-    image: int
-    label: str
-    prediction: str
-    column: str
-    restart: int
-    step: int
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -75,9 +59,10 @@ class Entry:
     classes: tuple[tuple[str, float | None, float | None, str], ...] = ()
     """by class: its name, robust and clean accuracy in percent, and its images"""
     caption: tuple[str, ...] = ()
-    fell_to: tuple[tuple[str, int], ...] = ()
-    """by attack: images of the first record that held clean and under the attacks before it, and fell to it"""
-    fallen: tuple[Fallen, ...] = ()
+    gate: Gate | None = None
+    """of a mixture whose record tells; None else"""
+    falls: Falls | None = None
+    """None where nothing fell that was right clean"""
     records: tuple[tuple[str, Record], ...] = ()
     """by folder, relative to the results"""
 
@@ -100,7 +85,6 @@ def entry(group: Group, anchor: str, results: Path, registered: Mapping[str, reg
     first = group.records[0]
     asked = {column.name: column for column in first.columns}
     shown = {} if group.void else {column.name: column for column in group.columns}
-    fell = [] if group.void else list(_fell_to(group))
     paper = published.rows(first.asked.dataset) if group.protocol == PROTOCOL else {}
     row = paper.get(first.published_as, {}) if first.published_as else {}
     reports = list(published.reports(first.asked.dataset, first.asked.defense))
@@ -129,8 +113,8 @@ def entry(group: Group, anchor: str, results: Path, registered: Mapping[str, reg
         ),
         charts=() if group.void else tuple(_charts(group)),
         **({} if group.void else _of_classes(group)),
-        fell_to=tuple(Counter(name for _, name in fell).most_common()),
-        fallen=tuple(_fallen(group, fell[:LISTED])),
+        gate=None if group.void else usage(group),
+        falls=None if group.void else falls(group),
         records=tuple((_folder(record, results), record) for record in group.records),
     )
 
@@ -173,15 +157,9 @@ def _derived(column: Measured) -> str:
     return "images right in every draw under every attack"
 
 
-def _attacks(group: Group) -> list[tuple[int, ColumnRecord]]:
-    """The attacks that count for the worst case, with their places among the columns."""
-    columns = enumerate(group.records[0].columns)
-    return [(place, c) for place, c in columns if c.attack != "clean" and not c.diagnostic]
-
-
 def _decided(group: Group) -> str:
     """The first attack that alone leaves no more than the worst case; else the strongest, and that it was not alone."""
-    attacks = [(group.columns[place], c) for place, c in _attacks(group) if c.part_of is None]
+    attacks = [(group.columns[place], c) for place, c in counted(group) if c.part_of is None]
     worst = group.column(WORST_CASE)
     if not attacks or worst is None:
         return ""
@@ -246,36 +224,3 @@ def _of_classes(group: Group) -> dict[str, Any]:
         for place in range(2, half)
     ]
     return {"classes": tuple(classes), "caption": made.caption}
-
-
-def _fell_to(group: Group) -> Iterator[tuple[int, str]]:
-    """Images of the first record that held clean but not under every attack: place, and the first attack they fell to."""
-    clean = next((c.name for c in group.records[0].columns if c.attack == "clean"), None)
-    if clean is None:
-        return
-    standing = group.outcomes(clean)
-    for _, column in _attacks(group):
-        if column.part_of is None:
-            fell = standing & ~group.outcomes(column.name)
-            standing = standing & ~fell
-            yield from ((int(place), column.name) for place in np.flatnonzero(fell))
-
-
-def _fallen(group: Group, fell: Sequence[tuple[int, str]]) -> Iterator[Fallen]:
-    if not fell:
-        return
-    table = group.records[0].outcomes(["index", "label", "column", "prediction", "restart", "step"])
-    table = table[table["index"].isin([int(group.images[place]) for place, _ in fell])]
-    keys = zip(table["index"], table["column"], strict=True)
-    rows = dict(zip(keys, table[["label", "prediction", "restart", "step"]].to_numpy().tolist(), strict=True))
-    for place, column in fell:
-        image = int(group.images[place])
-        label, prediction, restart, step = rows[image, column]
-        yield Fallen(
-            image=image,
-            label=str(label),
-            prediction=str(prediction),
-            column=column,
-            restart=int(restart),
-            step=int(step),
-        )

@@ -49,7 +49,7 @@
     const first = night ? "#56b4e9" : "#0072b2";
     const faint = night ? "#3a4048" : "#e2e2e2";
     return {
-      background: "transparent", area: { color: first }, line: { color: first }, point: { color: first, opacity: 0.9 }, view: { stroke: null }, font: "system-ui, sans-serif",
+      background: "transparent", area: { color: first }, bar: { color: first }, line: { color: first }, point: { color: first, opacity: 0.9 }, view: { stroke: null }, font: "system-ui, sans-serif",
       axis: { labelColor: ink, titleColor: ink, gridColor: faint, domainColor: ink, tickColor: ink, labelFontSize: 11, titleFontSize: 12 },
       legend: { labelColor: ink, titleColor: ink, orient: "top", columns: width < 600 ? 2 : 0, symbolOpacity: 1 },
       range: { category: night ? ["#56b4e9", "#e69f00", "#2fd6a5", "#e59ac6", "#f0864a", "#c9c9c9"] : ["#0072b2", "#d55e00", "#009e73", "#cc79a7", "#8a6d00", "#444444"] },
@@ -80,6 +80,43 @@
       },
     };
   };
+  // a table's cells, by the headings of their row and column; columns that are no part of the picture say data-not
+  const cells = (figure) => {
+    const table = figure.parentElement.querySelector("table.source");
+    const heads = [...table.tHead.rows[0].cells];
+    const all = [...table.tBodies[0].rows].flatMap((row) => heads.map((head, at) => ({ x: head.textContent, y: row.cells[0].textContent, value: +row.cells[at].textContent, used: at && !("not" in head.dataset) })));
+    return all.filter((one) => one.used);
+  };
+  const slanted = (values) => {
+    const long = values.some((one) => one.x.length > 5);
+    return { labelAngle: long ? -45 : 0, labelOverlap: !long };
+  };
+  const heat = (figure) => {
+    const said = JSON.parse(figure.dataset.heat);
+    const values = cells(figure);
+    const range = dark.matches ? ["#1d2126", "#8fd0ff"] : ["#f3f6fa", "#08306b"];
+    const most = said.most ?? Math.max(...values.map((one) => one.value));
+    return {
+      data: { values }, mark: { type: "rect" }, height: Math.max(280, 110 + 16 * new Set(values.map((one) => one.y)).size),
+      encoding: {
+        x: { field: "x", type: "nominal", sort: null, title: said.x, axis: slanted(values) }, y: { field: "y", type: "nominal", sort: null, title: said.y },
+        color: { field: "value", type: "quantitative", title: said.value, scale: { domain: [0, most], range } },
+        tooltip: [{ field: "y", title: said.y }, { field: "x", title: said.x }, { field: "value", title: said.value }],
+      },
+    };
+  };
+  const bars = (figure) => {
+    const all = cells(figure);
+    const values = all.filter((one) => one.value);
+    const domain = [...new Set(all.map((one) => one.x))];
+    return {
+      data: { values }, mark: { type: "bar", stroke: dark.matches ? "#14171b" : "#ffffff" },
+      encoding: {
+        x: { field: "x", type: "nominal", sort: null, title: "step", scale: { domain }, axis: slanted(all) }, y: { field: "value", type: "quantitative", title: "images" }, detail: { field: "y" },
+        tooltip: [{ field: "y", title: "attack" }, { field: "x", title: "step" }, { field: "value", title: "images" }],
+      },
+    };
+  };
   const scatter = () => {
     const values = rows.filter((row) => !row.hidden && row.dataset.worst && row.dataset.clean).map(({ dataset: d }) => ({ defense: d.label, dataset: d.dataset, protocol: d.protocol, kind: d.kind, audit: d.verdict, clean: +(+d.clean).toFixed(2), worst: +(+d.worst).toFixed(2), low: +d.low, high: +d.high }));
     const tip = ["defense", "dataset", "protocol", "audit", "clean", "worst"].map((field) => ({ field }));
@@ -94,7 +131,8 @@
   const overview = document.getElementById("overview");
   const draw = async (figure) => {
     const chart = figure.dataset.chart ? JSON.parse(figure.dataset.chart) : null;
-    const spec = chart ? curve(chart) : figure === overview ? scatter() : classes(figure);
+    const kind = [["heat", heat], ["bars", bars], ["classes", classes]].find(([name]) => name in figure.dataset);
+    const spec = chart ? curve(chart) : kind ? kind[1](figure) : scatter();
     let plot = figure.querySelector(".plot");
     if (!plot) {
       plot = document.createElement("div");
