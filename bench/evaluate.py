@@ -26,6 +26,7 @@ from bench.data import Split
 from bench.data.resident import resident
 from bench.draws import DRAWS, RandomTrial, score
 from bench.errors import AttackCrash, BenchError, VoidRun
+from bench.experts import used
 from bench.fast import Fast, Precision, fast
 from bench.finding import verdict
 from bench.graphs import graphed
@@ -39,7 +40,7 @@ from bench.rng import Rng
 from bench.threat import threat_model
 from bench.trial import Found, Trial, rounded
 from bench.types import Images, Labels, Model
-from bench.usage import ATTACKED, CLEAN, used
+from bench.usage import ATTACKED, CLEAN
 
 #: how many pixels a CPU takes gradients of in one pass; of half the bytes each, twice as many
 PIXELS_AT_ONCE = 65536

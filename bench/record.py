@@ -306,19 +306,6 @@ class Record(BaseModel):
             ) from None
         return frame
 
-    def experts(self) -> pd.DataFrame | None:
-        """Of a mixture: one row per image, kind of image and expert; None where the record does not tell.
-
-        - `index`, `label`, `at`: which image, and whether it is `clean` or what the attack of that column made of it.
-        - `expert`, `weight`: its weight after the softmax; of a hard gate 1 for the expert that answers and 0 for the others.
-        - `right`: whether that expert alone answers the label.
-        """
-        import pandas as pd
-
-        assert self._folder is not None, "a record that was not read from disk"
-        path = self._folder / "experts.parquet"
-        return pd.read_parquet(path) if path.exists() else None
-
 
 #: the columns of outcomes.parquet, and the kinds of numbers in them as numpy names them
 _KINDS = {

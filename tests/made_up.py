@@ -95,6 +95,7 @@ def run(
         table = table.sample(frac=1, random_state=1)
     file = io.BytesIO()
     damage(table).to_parquet(file, index=False)
+    told = None if experts is None else experts.to_parquet(index=False)
     asked = Asked(
         dataset=dataset,
         data_hash=data_hash,
@@ -118,13 +119,11 @@ def run(
         findings=list(findings),
         verdict=verdict(findings),
         outcomes_sha256=hashlib.sha256(file.getvalue()).hexdigest(),
+        experts_sha256=None if told is None else hashlib.sha256(told).hexdigest(),
         **said,
     )
     path = folder(results, asked)
-    if experts is not None:
-        path.mkdir(parents=True, exist_ok=True)
-        experts.to_parquet(path / "experts.parquet", index=False)
-    finish(path, record, file.getvalue())
+    finish(path, record, file.getvalue(), told)
     record = read(path)
     assert record is not None
     return record

@@ -1,12 +1,10 @@
 """What finished runs say beyond their accuracies: differences, routing, published numbers, and the audit in hindsight."""
 
-import hashlib
-import io
-
 import numpy as np
+import pandas as pd
 import pytest
 from click.testing import CliRunner
-from made_up import EPS, found, paper_columns, run
+from made_up import EPS, found, gate, paper_columns, run
 
 from bench.cli import commands
 from bench.errors import UnknownName, UsageError
@@ -89,32 +87,12 @@ def test_differences_need_a_defense_that_is_there(tmp_path):
         asked(tmp_path, "differences")
 
 
-def mixture(results, soft=True, **how):
+def mixture(results, **how):
     """A run of two experts, weights 1/4 and 3/4, of which the first is right on even images; 200 images, 100 attacked."""
-    import pandas as pd
-
-    def at(when, index):
-        return pd.DataFrame(
-            {
-                "index": np.repeat(index, 2),
-                "label": np.repeat(index % 10, 2),
-                "at": when,
-                "expert": np.tile([0, 1], len(index)),
-                "weight": np.tile([0.25, 0.75] if soft else [0.0, 1.0], len(index)).astype("float32"),
-                "right": np.stack([index % 2 == 0, index >= 0], 1).flatten(),
-            }
-        )
-
-    file = io.BytesIO()
-    pd.concat([at(CLEAN, np.arange(200)), at(ATTACKED, np.arange(100))]).to_parquet(file, index=False)
-    made = run(
-        results,
-        defense="dwf",
-        columns=COLUMNS,
-        experts_sha256=hashlib.sha256(file.getvalue()).hexdigest(),
-        **how,
-    )
-    (made._folder / "experts.parquet").write_bytes(file.getvalue())
+    weights = np.tile([0.25, 0.75], (200, 1))
+    even = np.stack([np.arange(200) % 2 == 0, np.ones(200, dtype=bool)], 1)
+    experts = pd.concat([gate({CLEAN: weights}, even), gate({ATTACKED: weights[:100]}, even[:100])])
+    run(results, defense="dwf", columns=COLUMNS, experts=experts, **how)
 
 
 def test_what_routing_hides_is_what_held_under_pgd_and_fell_to_another_attack(tmp_path):

@@ -53,7 +53,7 @@ def written(tmp_path_factory):
         {f"fgsm-0.0{i}": 190 - 6 * i for i in range(1, 10)},
         defense="mixture",
         model=Facts(mixture="soft"),
-        experts=gate({"clean": leaning(3.0), "pgd-10": leaning(1.0)}, np.arange(9) < 7),
+        experts=gate({"clean": leaning(3.0), "attacked": leaning(1.0)}, np.arange(9) < 7),
         step=np.arange(200) % 50,
     )
     run(results, {"a-pgd-100": 60}, defense="doubted", findings=[found("gradients vanish")])

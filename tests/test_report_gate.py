@@ -31,10 +31,10 @@ def by_class(n=40, experts=10):
 
 
 def test_the_mean_weight_of_each_class_is_shown_clean_and_attacked(tmp_path):
-    weights = {"clean": by_class(), "pgd-10": np.full((40, 10), 0.1)}
+    weights = {"clean": by_class(), "attacked": np.full((40, 10), 0.1)}
     run(tmp_path, model=SOFT, experts=gate(weights))
     clean, attacked = made(tmp_path).seen
-    assert (clean.at, attacked.at) == ("clean", "pgd-10")
+    assert (clean.at, attacked.at) == ("clean", "attacked")
     for place, row in enumerate(clean.classes):
         assert row.name == str(place) and row.images == 4
         assert row.weights == pytest.approx([91.0 if expert == place else 1.0 for expert in range(10)])
@@ -45,7 +45,7 @@ def test_the_mean_weight_of_each_class_is_shown_clean_and_attacked(tmp_path):
 def test_entropies_tell_one_expert_from_all_alike(tmp_path):
     alike = np.full((40, 4), 0.25)
     chosen = np.eye(4)[np.arange(40) % 4]
-    run(tmp_path, model=SOFT, experts=gate({"clean": chosen, "pgd-10": alike}))
+    run(tmp_path, model=SOFT, experts=gate({"clean": chosen, "attacked": alike}))
     one = made(tmp_path)
     clean, attacked = one.seen
     assert one.bits == 2
@@ -56,13 +56,13 @@ def test_entropies_tell_one_expert_from_all_alike(tmp_path):
 def test_images_whose_foremost_expert_changed_are_counted(tmp_path):
     clean = np.eye(4)[np.zeros(40, dtype=int)]
     attacked = np.eye(4)[np.repeat([0, 3], [30, 10])]
-    run(tmp_path, model=Facts(mixture="hard"), experts=gate({"clean": clean, "a-pgd-100": attacked}))
+    run(tmp_path, model=Facts(mixture="hard"), experts=gate({"clean": clean, "attacked": attacked}))
     one = made(tmp_path)
     assert one.hard and [seen.moved for seen in one.seen] == [None, 25.0]
 
 
 def test_only_images_that_were_seen_clean_can_have_moved(tmp_path):
-    attacked = gate({"pgd-10": np.eye(2)[[1, 1, 0, 0]]})
+    attacked = gate({"attacked": np.eye(2)[[1, 1, 0, 0]]})
     clean = gate({"clean": np.eye(2)[[0, 1]]})
     # in no order that a reader could rely on
     run(tmp_path, model=SOFT, experts=pd.concat([clean, attacked]).sample(frac=1, random_state=0))
@@ -81,7 +81,7 @@ def test_each_expert_alone_has_its_accuracy_with_an_interval(tmp_path):
 
 
 def test_the_page_shows_each_number_in_a_table_under_a_heat_map_of_one_scale(tmp_path):
-    run(tmp_path, model=SOFT, experts=gate({"clean": by_class(), "pgd-10": np.full((40, 10), 0.1)}))
+    run(tmp_path, model=SOFT, experts=gate({"clean": by_class(), "attacked": np.full((40, 10), 0.1)}))
     page = report.render(tmp_path)
     scales = [json.loads(said) for said in re.findall(r"data-heat='(.+?)'", page)]
     assert [said["most"] for said in scales] == pytest.approx([91.0, 91.0])
@@ -106,7 +106,10 @@ def test_of_a_void_run_no_gate_is_shown(tmp_path):
     ("spoilt", "said"),
     [
         (lambda table: table.iloc[:-1], "does not tell of each of 10 experts for every image of 'clean'"),
-        (lambda table: table.replace({"at": {"clean": "dirty"}}), "tells of none of the run's columns"),
+        (
+            lambda table: table.replace({"at": {"clean": "dirty"}}),
+            "tells of neither clean nor attacked images",
+        ),
     ],
 )
 def test_a_table_that_is_not_whole_is_refused(tmp_path, spoilt, said):

@@ -1,6 +1,5 @@
 """Which expert does the work: rows with known weights, the same bytes however a run was cut, sums with known answers."""
 
-import hashlib
 import io
 
 import numpy as np
@@ -15,11 +14,12 @@ from test_parts import batch
 from bench.data import Split
 from bench.errors import UsageError
 from bench.evaluate import Evaluator
+from bench.experts import used
 from bench.parts import Parts
 from bench.plan import plan
 from bench.protocol import Column
 from bench.record import read
-from bench.usage import ATTACKED, CLEAN, SCHEMA, entropy, usage, used
+from bench.usage import ATTACKED, CLEAN, SCHEMA, entropy, usage
 
 SIX = torch.arange(6)
 
@@ -157,10 +157,9 @@ def test_a_mixture_that_fails_when_asked_voids_the_run():
 
 def kept(results, damage=lambda content: content):
     """A finished run whose experts are known, the file then damaged."""
-    found = io.BytesIO()
-    rows().to_parquet(found, index=False)
-    record = run(results, defense="dwf", experts_sha256=hashlib.sha256(found.getvalue()).hexdigest())
-    (record._folder / "experts.parquet").write_bytes(damage(found.getvalue()))
+    record = run(results, defense="dwf", experts=rows())
+    path = record._folder / "experts.parquet"
+    path.write_bytes(damage(path.read_bytes()))
     return read(record._folder)
 
 

@@ -14,8 +14,7 @@ from bench.long import Group
 from bench.per_class import names
 from bench.record import Record
 from bench.stats import wilson
-
-CLEAN = "clean"
+from bench.usage import ATTACKED, CLEAN
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,10 +37,10 @@ class Weighed:
 
 @dataclass(frozen=True, kw_only=True)
 class Seen:
-    """What the gate made of the images of one column."""
+    """What the gate made of images, clean or attacked."""
 
     at: str
-    """`clean`, or the attack whose images they are"""
+    """`clean`, or `attacked`: what the run's attacks made of those that were right"""
     classes: tuple[Weighed, ...]
     whole: Weighed
     """all images"""
@@ -96,9 +95,7 @@ def usage(group: Group) -> Gate | None:
 
 def _gate(record: Record, frame: pd.DataFrame) -> Gate:
     frame = frame.assign(at=frame["at"].astype(object)).sort_values(["index", "expert"], kind="stable")
-    # in the order of the columns
-    columns = [CLEAN, *(column.name for column in record.columns if column.name != CLEAN)]
-    parts = {at: frame[frame["at"] == at] for at in columns if (frame["at"] == at).any()}
+    parts = {at: frame[frame["at"] == at] for at in (CLEAN, ATTACKED) if (frame["at"] == at).any()}
     experts = frame["expert"].nunique()
     first: dict[int, int] = {}
     seen = []
@@ -113,7 +110,7 @@ def _gate(record: Record, frame: pd.DataFrame) -> Gate:
             first = dict(_foremost(part, experts))
     if not seen:
         raise UsageError(
-            f"{record._folder}/experts.parquet tells of none of the run's columns; delete the folder and run again"
+            f"{record._folder}/experts.parquet tells of neither clean nor attacked images; delete the folder and run again"
         )
     return Gate(
         seed=record.asked.seed,
