@@ -162,15 +162,16 @@ def summary(told: str) -> str:
             if group is None:
                 cells.append("")
                 continue
-            n[protocol] = len(group.images)
+            n.setdefault(protocol, len(group.images))
             value = group.column(column)
-            cells.append(f"{value.accuracy:.1f} [{value.ci_low:.1f}, {value.ci_high:.1f}]")
+            fewer = "" if n[protocol] == len(group.images) else f" of {len(group.images)}"
+            cells.append(f"{value.accuracy:.1f} [{value.ci_low:.1f}, {value.ci_high:.1f}]{fewer}")
             verdicts.append(f"{protocol}: {doubt(group)}" if doubt(group) else "")
         doubted = ", ".join(dict.fromkeys(filter(None, verdicts))) or "credible"
         made.append((name, *cells, doubted))
     caption = (
         f"CIFAR-10 ({grid.CPU.dataset}): accuracy in % with 95 % Wilson intervals, L∞ 8/255, on the first test images: "
-        f"{', '.join(f'{protocol} {count}' for protocol, count in n.items())}. All networks have about 1.6 M parameters, were trained on 4,577 "
+        f"{', '.join(f'{protocol} {count}' for protocol, count in n.items())}, where nothing else is said. All networks have about 1.6 M parameters, were trained on 4,577 "
         "images at about equal cost, one seed, and are far smaller and far less trained than anybody's in the literature: compare the rows with one "
         "another, not with papers. Gradients in bf16, judged in float32."
     )

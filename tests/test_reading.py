@@ -92,7 +92,7 @@ def mixture(results, **how):
     weights = np.tile([0.25, 0.75], (200, 1))
     even = np.stack([np.arange(200) % 2 == 0, np.ones(200, dtype=bool)], 1)
     experts = pd.concat([gate({CLEAN: weights}, even), gate({ATTACKED: weights[:100]}, even[:100])])
-    run(results, defense="dwf", columns=COLUMNS, experts=experts, **how)
+    run(results, defense="dwf", experts=experts, **{"columns": COLUMNS} | how)
 
 
 def test_what_routing_hides_is_what_held_under_pgd_and_fell_to_another_attack(tmp_path):
@@ -102,6 +102,15 @@ def test_what_routing_hides_is_what_held_under_pgd_and_fell_to_another_attack(tm
     assert told["hidden from PGD"].startswith("20.0 [15.")
     assert (told["best expert alone"], told["mean expert alone"]) == ("100.0", "75.0")
     assert told["load of each expert"] == "25 75"
+
+
+def test_pgd_alone_is_pgd_with_every_loss_and_hides_nothing_where_nothing_else_was_asked(tmp_path):
+    margin = ColumnRecord(
+        name="pgd-20-margin", attack="pgd", norm="Linf", epsilon=EPS, steps=20, loss="margin"
+    )
+    mixture(tmp_path, held={"pgd-20": 120, margin.name: 100}, columns=[*COLUMNS[:2], margin])
+    told = rows(tmp_path, "routing")["dwf"]
+    assert (told["PGD alone"], told["worst case"], told["hidden from PGD"]) == ("50.0", "50.0", "")
 
 
 def test_a_run_without_a_mixture_has_no_routing(tmp_path):

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from bench.block import doubt
-from bench.long import WORST_CASE, Group
+from bench.long import WORST_CASE, WORST_DRAW, Group
 from bench.reading.differences import held
 from bench.sheet import Sheet
 from bench.stats import wilson
@@ -31,6 +31,9 @@ def sheets(found: Sequence[Group]) -> list[Sheet]:
     return made
 
 
+#: columns that are made of others
+DERIVED = (WORST_CASE, WORST_DRAW)
+
 HEADINGS = (
     "mixture",
     "n",
@@ -47,8 +50,8 @@ HEADINGS = (
 
 def _caption(dataset: str, protocol: str) -> str:
     return (
-        f"{dataset}, protocol {protocol}: mixtures of experts, in % of the n images but for entropies. PGD alone: the first column of "
-        "PGD end to end; hidden: what held there and fell to another attack of the same radius, with its 95 % Wilson interval. Experts alone: "
+        f"{dataset}, protocol {protocol}: mixtures of experts, in % of the n images but for entropies. PGD alone: end to end, with "
+        "every loss that was asked; hidden: what held there and fell to another attack of the same radius, with its 95 % Wilson interval. Experts alone: "
         "accuracy on clean images, each expert answering everything. Load: mean gate weight on clean images, of a hard gate the "
         "share of images that the expert answers. Entropy: of an image's gate weights, as a share of the largest there can "
         "be, the mean over images; of a hard gate, that of the load. Attacked: the images that the run's attacks ended with."
@@ -75,15 +78,18 @@ def _row(group: Group) -> tuple[str, ...] | None:
 
 
 def _hidden(group: Group) -> tuple[str, str, str]:
-    """PGD alone, the worst case, and what lies between them; empty where the protocol does not ask both at one radius."""
-    pgd = next((c for c in group.columns if c.attack == "pgd" and not c.survivors), None)
-    worst = group.column(WORST_CASE)
-    if pgd is None or worst is None or pgd.epsilon != worst.epsilon:
+    """PGD alone, the worst case, and what lies between them; the latter empty where nothing else was asked at one radius."""
+    asked = [column for column in group.columns if column.epsilon is not None and column.name not in DERIVED]
+    pgd = [column for column in asked if column.attack == "pgd" and not column.survivors]
+    if not pgd or len({column.epsilon for column in asked}) > 1:
         return "", "", ""
-    fell = float(np.clip(held(group, pgd.name) - held(group, WORST_CASE), 0, None).sum())
+    stood = np.min([held(group, column.name) for column in pgd], axis=0)
+    alone, worst = f"{100 * stood.mean():.1f}", f"{100 * held(group, WORST_CASE).mean():.1f}"
+    if len(pgd) == len(asked):
+        return alone, worst, ""
+    fell = float(np.clip(stood - held(group, WORST_CASE), 0, None).sum())
     low, high = (100 * float(end) for end in wilson(fell, len(group.images)))
-    share = 100 * fell / len(group.images)
-    return f"{pgd.accuracy:.1f}", f"{worst.accuracy:.1f}", f"{share:.1f} [{low:.1f}, {high:.1f}]"
+    return alone, worst, f"{100 * fell / len(group.images):.1f} [{low:.1f}, {high:.1f}]"
 
 
 def _entropy(seen: Usage, soft: bool) -> str:
