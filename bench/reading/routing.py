@@ -31,6 +31,8 @@ def sheets(found: Sequence[Group]) -> list[Sheet]:
     return made
 
 
+#: end to end, with either loss
+PGD = ("pgd", "pgd-margin")
 #: columns that are made of others
 DERIVED = (WORST_CASE, WORST_DRAW)
 
@@ -80,7 +82,7 @@ def _row(group: Group) -> tuple[str, ...] | None:
 def _hidden(group: Group) -> tuple[str, str, str]:
     """PGD alone, the worst case, and what lies between them; the latter empty where nothing else was asked at one radius."""
     asked = [column for column in group.columns if column.epsilon is not None and column.name not in DERIVED]
-    pgd = [column for column in asked if column.attack == "pgd" and not column.survivors]
+    pgd = [column for column in asked if column.attack in PGD and not column.survivors]
     if not pgd or len({column.epsilon for column in asked}) > 1:
         return "", "", ""
     stood = np.min([held(group, column.name) for column in pgd], axis=0)
