@@ -174,8 +174,8 @@ def summary(told: str) -> str:
         made.append((name, *cells, doubted))
     caption = (
         f"CIFAR-10 ({grid.CPU.dataset}): accuracy in % with 95 % Wilson intervals, L∞ 8/255, on the first test images: "
-        f"{', '.join(f'{protocol} {count}' for protocol, count in n.items())}, where nothing else is said. All networks have about 1.6 M parameters, were trained on 4,577 "
-        "images at about equal cost, one seed, and are far smaller and far less trained than anybody's in the literature: compare the rows with one "
+        f"{', '.join(f'{protocol} {count}' for protocol, count in n.items())}, where nothing else is said. All networks have about 1.6 M parameters, learnt from 5,085 "
+        "images, a tenth of them held out, at about equal cost, one seed, and are far smaller and far less trained than anybody's in the literature: compare the rows with one "
         "another, not with papers. Gradients in bf16, judged in float32."
     )
     headings = ("row", *(heading for heading, *_ in HEADLINES), "audit")
