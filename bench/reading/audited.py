@@ -44,7 +44,7 @@ HEADINGS = (
 
 def _caption(dataset: str) -> str:
     return (
-        f"{dataset}: RA: the worst case over the run's attacks at the largest radius that it shares with another run of the same weights, "
+        f"{dataset}: RA: the worst case over the run's attacks at the radius that it shares with most other runs of the same weights, "
         "else at its own largest, in %. Overlooked: images that held in this run and fell at that radius, or a smaller one, in another, of the images both have; "
         "95 % Wilson interval. Right: a suspect number that was overlooked much, or a credible one that was not (the interval's "
         f"lower end above {100 * WRONG:g} % or not). Open: no other run, or a suspect number that nothing has refuted yet."
@@ -96,10 +96,10 @@ def _row(group: Group, found: Sequence[Group]) -> tuple[str, ...]:
 
 
 def _shared_radius(group: Group, others: Sequence[Group]) -> float | None:
-    """The largest radius that the run and another asked about, else the run's largest."""
+    """The radius at which most others looked too, the largest of several; the run's own largest where none did."""
     own = {column.epsilon for column in group.columns if column.epsilon is not None}
-    theirs = {column.epsilon for other in others for column in other.columns if column.epsilon is not None}
-    return max(own & theirs or own, default=None)
+    told = {eps: sum(any(c.epsilon == eps for c in other.columns) for other in others) for eps in own}
+    return max(told, key=lambda eps: (told[eps], eps), default=None)
 
 
 def _held(group: Group, eps: float | None) -> NDArray[np.bool_]:
