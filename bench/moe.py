@@ -29,7 +29,8 @@ class RoutedModel(Protocol):
 
     A soft one answers with the mean of its experts' logits, weighed by the softmax of the scores; a hard one with the
     logits of the selected expert alone. A soft one that has an attribute `mixes_probabilities`, and it is true, answers
-    with the logarithm of the mean of its experts' probabilities instead.
+    with the logarithm of the mean of its experts' probabilities instead. One that can ask an expert alone has a method
+    `one_output(x, expert)`, which gives what `all_outputs(x)[:, expert]` does for the cost of one expert.
     """
 
     soft: bool
@@ -54,6 +55,12 @@ def as_mixture(model: object) -> RoutedModel | None:
     return cast(RoutedModel, model) if all(hasattr(model, name) for name in names) else None
 
 
+def output_of(model: RoutedModel, x: Images, expert: int) -> Tensor:
+    """One expert's logits `(b, k)`; the others are not asked where the mixture can do without."""
+    alone: Callable[[Images, int], Tensor] | None = getattr(model, "one_output", None)
+    return model.all_outputs(x)[:, expert] if alone is None else alone(x, expert)
+
+
 class Expert(nn.Module):
     """One expert of a mixture as a model of its own."""
 
@@ -63,7 +70,7 @@ class Expert(nn.Module):
 
     def forward(self, x: Images) -> Tensor:
         """Pixels `(b, c, h, w)` to that expert's logits `(b, k)`."""
-        return self.mixture.all_outputs(x)[:, self.expert]
+        return output_of(self.mixture, x, self.expert)
 
 
 class Experts(nn.Module):
@@ -104,6 +111,10 @@ class Experts(nn.Module):
         else:
             logits = functional_call(self._network(count), self.state_of(first, last), (x,))
         return logits if count > 1 else logits.unsqueeze(1)
+
+    def one(self, x: Tensor, expert: int) -> Tensor:
+        """One expert's logits of normalised images `(b, c, h, w)`, `(b, k)`; the others are not run."""
+        return self.some(x, expert, expert + 1)[:, 0]
 
     def apart(self) -> Apart:
         """The experts as networks of their own, with copies of their weights, in the same mode."""
@@ -162,6 +173,16 @@ class Apart(nn.Module):
         """The same normalised images `(b, c, h, w)` for every network to logits `(b, e, k)`."""
         return torch.stack([network(x) for network in self.networks], 1)
 
+    def some(self, x: Tensor, first: int, last: int) -> Tensor:
+        """Each network's own images, `(b, m·c, h, w)` for the `m` networks `first … last-1`, to logits `(b, m, k)`."""
+        own = zip(self.networks[first:last], x.chunk(last - first, 1), strict=True)
+        return torch.stack([network(images) for network, images in own], 1)
+
+    def one(self, x: Tensor, expert: int) -> Tensor:
+        """One network's logits of normalised images `(b, c, h, w)`, `(b, k)`."""
+        logits: Tensor = self.networks[expert](x)
+        return logits
+
 
 class ByBatch(nn.Module):
     """Experts that answer side by side in small batches and one after another in others; both hold the weights."""
@@ -174,8 +195,19 @@ class ByBatch(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """The same normalised images `(b, c, h, w)` for every expert to logits `(b, e, k)`."""
-        logits: Tensor = self.together(x) if self.splits and grouped(x) else self.apart(x)
+        logits: Tensor = self._way(x)(x)
         return logits
+
+    def some(self, x: Tensor, first: int, last: int) -> Tensor:
+        """As that of `Experts`."""
+        return self._way(x).some(x, first, last)
+
+    def one(self, x: Tensor, expert: int) -> Tensor:
+        """As that of `Experts`: one expert has nobody to stand beside."""
+        return self.apart.one(x, expert)
+
+    def _way(self, x: Tensor) -> Experts | Apart:
+        return self.together if self.splits and grouped(x) else self.apart
 
 
 def grouped(x: Tensor) -> bool:

@@ -196,6 +196,7 @@ class Backbone(nn.Module):
 
     def __init__(self, *, channels: int, classes: int, width: int, ratio: float, experts: int) -> None:
         super().__init__()
+        self.experts = experts
         self.stem = nn.Sequential(
             nn.Conv2d(channels, width, 3, 1, 1, bias=False), nn.BatchNorm2d(width), nn.ReLU()
         )
@@ -221,10 +222,14 @@ class Backbone(nn.Module):
     def every_route(self, x: Tensor) -> Tensor:
         """Normalised images along each route, `(b, e, k)`."""
         h = self.stem(x)
-        experts: int = self.blocks[0].conv1.experts  # type: ignore[union-attr,assignment]
-        return torch.stack(
-            [self.behind_stem(h, Routes.all_through(j, experts, len(x))) for j in range(experts)], 1
-        )
+        return torch.stack([self._all_through(h, j) for j in range(self.experts)], 1)
+
+    def one_route(self, x: Tensor, expert: int) -> Logits:
+        """Normalised images, all along the same route, `(b, k)`."""
+        return self._all_through(self.stem(x), expert)
+
+    def _all_through(self, h: Tensor, expert: int) -> Logits:
+        return self.behind_stem(h, Routes.all_through(expert, self.experts, len(h)))
 
     def behind_stem(self, h: Tensor, routes: Routes) -> Logits:
         """What the stem made of a sorted batch to logits `(b, k)`."""
@@ -283,6 +288,10 @@ class RoutedNet(nn.Module):
     def all_outputs(self, x: Images) -> Tensor:
         """Every pathway's logits, `(b, e, k)`; in eval mode, since BatchNorm would learn from all of them."""
         return self.backbone.every_route(self.normalize(x))
+
+    def one_output(self, x: Images, expert: int) -> Logits:
+        """One pathway's logits, `(b, k)`."""
+        return self.backbone.one_route(self.normalize(x), expert)
 
     def selected(self, x: Images) -> Tensor:
         """The expert of the largest score, the lowest of several, `(b,)`."""

@@ -274,6 +274,13 @@ class Mixture(Enumerable):
         """Every expert's logits, `(b, e, k)`."""
         return self.branches(x)[1]
 
+    def one_output(self, x: Images, expert: int) -> Logits:
+        """One expert's logits, `(b, k)`: no switch leads from one to another."""
+        h: Tensor = self.normalize(x)
+        for part in self.parts:
+            h = part.one(h, expert)  # type: ignore[operator]
+        return h
+
     def selected(self, x: Images) -> Tensor:
         """The expert that weighs most before any permutation, `(b,)`."""
         return self.gate(x).argmax(1)

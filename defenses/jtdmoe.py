@@ -116,6 +116,14 @@ class Dual(nn.Module):
             return torch.cat([of_standard, of_robust], 1)
         return self.mixed(of_standard[:, :, None], of_robust[:, None, :]).flatten(1, 2)
 
+    def one_output(self, x: Images, expert: int) -> Logits:
+        """One pair's logits, `(b, k)`; soft: one expert's."""
+        e = self.standard.experts_count
+        if self.soft:
+            mixture, own = (self.standard, expert) if expert < e else (self.robust, expert - e)
+            return mixture.one_output(x, own)
+        return self.mixed(self.standard.one_output(x, expert // e), self.robust.one_output(x, expert % e))
+
     def selected(self, x: Images) -> Tensor:
         """The pair, or of soft mixtures the expert, that weighs most, `(b,)`."""
         return self.gate(x).argmax(1)

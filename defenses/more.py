@@ -105,6 +105,10 @@ class Mixture(nn.Module):
         outputs: Tensor = self.experts(self.normalize(x))
         return outputs
 
+    def one_output(self, x: Images, expert: int) -> Logits:
+        """One expert's logits, `(b, k)`."""
+        return self.experts.one(self.normalize(x), expert)
+
     def selected(self, x: Images) -> Tensor:
         """The expert of the largest weight, `(b,)`."""
         return self.gate(x).argmax(1)

@@ -142,6 +142,11 @@ class Separate(nn.Module):
         ]
         return torch.cat(parts)[order.argsort()]
 
+    def one(self, x: Tensor, expert: int) -> Tensor:
+        """One network's logits, `(b, k)`."""
+        logits: Tensor = self.networks[expert](x)
+        return logits
+
 
 class MoE(nn.Module):
     """Experts and a linear router; pixels to logits."""
@@ -188,6 +193,11 @@ class MoE(nn.Module):
         """Every expert's logits, `(b, e, k)`."""
         outputs: Tensor = self.experts(self.prepared(x))
         return outputs
+
+    def one_output(self, x: Images, expert: int) -> Logits:
+        """One expert's logits, `(b, k)`."""
+        logits: Logits = self.experts.one(self.prepared(x), expert)
+        return logits
 
     def selected(self, x: Images) -> Tensor:
         """The expert of the largest score, the first of several, `(b,)`."""

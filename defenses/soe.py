@@ -123,6 +123,10 @@ class Collaboration(nn.Module):
         """Every sub-model's logits, `(b, e, k)`."""
         return self.heads(x)[0]
 
+    def one_output(self, x: Images, expert: int) -> Logits:
+        """One sub-model's logits, `(b, k)`."""
+        return split(self.experts.one(self.normalize(x), expert))[0]
+
     def selected(self, x: Images) -> Tensor:
         """The sub-model that answers, the first of several, `(b,)`."""
         return self.gate(x).argmax(1)

@@ -148,7 +148,15 @@ def stages(scale: Scale) -> Iterator[Stage]:
                 yield Stage(row, protocol)
 
 
-def session_of(scale: Scale, stage: Stage, *, results: Path, seed: int = 0, data_dir: Path | None = None):
+def session_of(
+    scale: Scale,
+    stage: Stage,
+    *,
+    results: Path,
+    seed: int = 0,
+    data_dir: Path | None = None,
+    precision: str = "bf16",
+):
     """The stage as `bench train` or `bench run` would ask it."""
     from bench.session import prepare
 
@@ -161,7 +169,7 @@ def session_of(scale: Scale, stage: Stage, *, results: Path, seed: int = 0, data
         seed=seed,
         samples=None if stage.protocol is None else (scale.samples | stage.row.samples)[stage.protocol],
         device=scale.device,
-        precision="bf16",
+        precision=precision,
         data_dir=data_dir,
         results=results,
         quiet=True,
@@ -222,6 +230,13 @@ def keep(results: Path, out: Path) -> int:
 @click.option("--results", type=click.Path(path_type=Path), default="results/grid", show_default=True)
 @click.option("--data-dir", type=click.Path(path_type=Path))
 @click.option("--seed", default=0, show_default=True)
+@click.option(
+    "--precision",
+    type=click.Choice(["bf16", "fp32"]),
+    default="bf16",
+    show_default=True,
+    help="Of the gradients; many processors have no bf16 and are a dozen times slower in it.",
+)
 @click.option("--minutes", type=float, help="Begin no stage after so many.")
 @click.option("--list", "listed", is_flag=True, help="Print the stages, and do nothing.")
 @click.option("--keep", "out", type=click.Path(path_type=Path), help="Copy the finished records there.")
@@ -231,6 +246,7 @@ def main(
     results: Path,
     data_dir: Path | None,
     seed: int,
+    precision: str,
     minutes: float | None,
     listed: bool,
     out: Path | None,
@@ -240,6 +256,7 @@ def main(
         click.echo(f"{keep(results, out)} records are in {out}")
         return
     scale, began = SCALES[name], time.monotonic()
+    where = {"results": results, "seed": seed, "data_dir": data_dir, "precision": precision}
     asked = [s for s in stages(scale) if not patterns or any(fnmatch(str(s), p) for p in patterns)]
     if not asked:
         raise click.UsageError(f"no stage is called {' or '.join(patterns)}; see --list")
@@ -250,7 +267,7 @@ def main(
             click.echo(f"{minutes:g} minutes are over; the same command goes on with {stage}")
             return
         else:
-            click.echo(f"{stage}: {do(scale, stage, results=results, seed=seed, data_dir=data_dir)}")
+            click.echo(f"{stage}: {do(scale, stage, **where)}")
 
 
 if __name__ == "__main__":

@@ -172,6 +172,19 @@ def test_a_mixture_says_what_adaptive_attacks_ask_of_it(name):
     assert torch.equal(selected, scores.argmax(1))
 
 
+@EVERY
+def test_a_mixture_that_can_ask_one_expert_alone_is_told_what_it_says_among_the_others(name):
+    model = initial(small(name), DATA, 0).double().eval()
+    if not hasattr(model, "one_output"):
+        return
+    x = torch.rand(5, *DATA.shape, dtype=torch.float64, requires_grad=True)
+    for k in range(model.experts_count):
+        found, expected = model.one_output(x, k), model.all_outputs(x)[:, k]
+        torch.testing.assert_close(found, expected)
+        told, wanted = (torch.autograd.grad(z.square().sum(), x)[0] for z in (found, expected))
+        torch.testing.assert_close(told, wanted)
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # training
 

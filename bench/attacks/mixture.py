@@ -30,7 +30,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from bench.attacks.losses import AttackLoss, cross_entropy, margin
-from bench.moe import RoutedModel
+from bench.moe import RoutedModel, output_of
 from bench.types import Images, Labels, Model
 
 #: multiples of an image's gap that serve as temperature
@@ -139,7 +139,7 @@ def joint(model: RoutedModel, k: int, weight: float) -> Aim:
 
     def output(x: Images) -> Tensor:
         scores = model.gate(x)
-        return torch.cat([model.all_outputs(x)[:, k], (gate_margin(scores, k) / gap(scores))[:, None]], 1)
+        return torch.cat([output_of(model, x, k), (gate_margin(scores, k) / gap(scores))[:, None]], 1)
 
     def loss(found: Tensor, y: Labels) -> Tensor:
         return margin(found[:, :-1], y) - weight * F.relu(ENOUGH - found[:, -1])
@@ -170,7 +170,7 @@ def all_experts(model: RoutedModel, how: str) -> Aim:
 
 def one_expert(model: RoutedModel, k: int) -> Aim:
     """Expert `k` wrong, whoever is chosen."""
-    return Aim(lambda x: model.all_outputs(x)[:, k], margin, _errs)
+    return Aim(lambda x: output_of(model, x, k), margin, _errs)
 
 
 def deployed_weights(model: RoutedModel, x: Images) -> Tensor:
