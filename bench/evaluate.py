@@ -27,7 +27,7 @@ from bench.data.resident import resident
 from bench.draws import DRAWS, RandomTrial, score
 from bench.errors import AttackCrash, BenchError, VoidRun
 from bench.experts import used
-from bench.fast import Fast, Precision, fast
+from bench.fast import Fast, Precision, fast, fast_expectation, fast_mixture
 from bench.finding import verdict
 from bench.graphs import graphed
 from bench.judge import Cost, Judge, before_any_attack, seeded
@@ -39,7 +39,7 @@ from bench.protocol import EIGHT_BIT, Column
 from bench.rng import Rng
 from bench.threat import threat_model
 from bench.trial import Found, Trial, rounded
-from bench.types import Images, Labels, Model
+from bench.types import Images, Labels
 from bench.usage import ATTACKED, CLEAN
 
 #: how many pixels a CPU takes gradients of in one pass; of half the bytes each, twice as many
@@ -116,12 +116,18 @@ class Evaluator:
             # probabilities are attacked as their logarithms
             shown = self.facts.output == "probabilities"
             self.attacked: nn.Module = LogProbabilities(self.model) if shown else self.model
-            if self.random or verdict(self.contract.findings) == "void":
-                self.gradient_model: Model = expectation(self.attacked)
-                self.about = "as it is (random)" if self.random else "as it is"
-            else:
-                made = fast(self.attacked, x[:8], y[:8], precision)
-                self.gradient_model, self.about = made.model, made.about
+            void = verdict(self.contract.findings) == "void"
+            quicker = fast_expectation if self.random else fast
+            made = (
+                Fast(self.attacked, "as it is") if void else quicker(self.attacked, x[:8], y[:8], precision)
+            )
+            self.gradient_model, self.about = made.model, made.about
+            #: what adaptive attacks take gradients of; a random mixture's gate and experts are asked without its dice
+            self.gradient_mixture = (
+                self.mixture
+                if self.mixture is None or void
+                else fast_mixture(self.model, x[:8], y[:8], precision)
+            )
 
     def unchanged(self) -> None:
         """Asks the first images again, in another order: the model must still be the one that was attacked.
@@ -286,6 +292,7 @@ class Evaluator:
             success=self.success,
             at_once=self.at_once,
             mixture=self.mixture,
+            quick_mixture=self.gradient_mixture,
             surrogate=self.surrogates.get(first.family),
             found=found,
             radius=radius,
@@ -342,12 +349,6 @@ def fingerprint(model: nn.Module) -> Tensor:
     tensors = [t.detach() for t in (*model.parameters(), *model.buffers())]
     sums = [(t.double().sum().cpu(), t.double().square().sum().cpu()) for t in tensors]
     return torch.tensor([[float(a), float(b)] for a, b in sums], dtype=torch.float64)
-
-
-def expectation(model: nn.Module) -> Model:
-    """A random model's exact expectation, where it offers one as `expected_log_probabilities`; else the model itself."""
-    exact: Model = getattr(model, "expected_log_probabilities", model)
-    return exact
 
 
 @contextmanager

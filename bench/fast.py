@@ -2,18 +2,20 @@
 
 BatchNorm in eval mode is an affine map and is folded into the convolution before it; sums and ReLUs of what nobody else
 reads overwrite it, bit for bit the same; weights lie channels-last; with `bf16` the passes run under autocast, with `tf32`
-a GPU multiplies in TF32 for as long as they last. Judging never uses the copy. Before it is used at all it is compared with the model, both in float64, where folding is exact to
-rounding and no activation is so near to 0 that rounding decides its sign: in float32 a correct copy of an untrained
-network can differ by a percent. What differs, or cannot be compared, is not used.
+a GPU multiplies in TF32 for as long as they last. Judging never uses the copy. Before it is used at all it is compared with
+the model, both in float64, where folding is exact to rounding and no activation is so near to 0 that rounding decides its
+sign: in float32 a correct copy of an untrained network can differ by a percent. What differs, or cannot be compared, is not
+used. The gate and the experts of a mixture, which adaptive attacks ask apart, have a copy of their own.
 """
 
 from __future__ import annotations
 
 import copy
 import operator
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor, fx, nn
@@ -23,12 +25,13 @@ from torch.nn.utils.fusion import fuse_conv_bn_eval
 from bench.arithmetic import tf32
 from bench.attacks.gradient import input_gradient
 from bench.errors import BenchError
-from bench.moe import ByBatch, Experts, most_grouped, small
+from bench.moe import Apart, ByBatch, Experts, RoutedModel, most_grouped, output_of, small
 from bench.rng import Rng
 from bench.types import Images, Labels, Logits, Model
 
 Precision = Literal["fp32", "tf32", "bf16"]
 
+RANDOM = "as it is (random)"
 FOLDED = "folded BatchNorm, channels_last"
 #: how many images copies are compared on
 PROBES = 2
@@ -54,12 +57,102 @@ def fast(model: nn.Module, x: Images, y: Labels, precision: Precision = "fp32") 
         x, y: a few images to check it on.
         precision: `bf16` runs the passes under autocast, `tf32` multiplies in TF32; neither is checked but for finite values.
     """
-    chosen, about = _quickest(model, x[:PROBES], y[:PROBES])
+    changes = ((FOLDED, lambda part: _in_place(_folded(part))), (FOLDED, _folded), ("channels_last", _same))
+    chosen, about = _quickest(model, x[:PROBES], y[:PROBES], changes)
     if precision == "bf16":
         return Fast(Autocast(chosen, x.device.type), f"{about}, bf16")
     if precision == "tf32":
         return Fast(TF32(chosen), f"{about}, tf32")
     return Fast(chosen, about)
+
+
+def fast_expectation(model: nn.Module, x: Images, y: Labels, precision: Precision = "fp32") -> Fast:
+    """As `fast`, of a random model's exact expectation, where it offers one as `expected_log_probabilities`; else the model itself."""
+    if not hasattr(model, "expected_log_probabilities"):
+        return Fast(model, RANDOM)
+    made = fast(Expected(model), x, y, precision)
+    return Fast(made.model, f"exact expectation, {made.about}")
+
+
+class Expected(nn.Module):
+    """What a random model says of its own expectation, as a model."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, x: Images) -> Logits:
+        """`(b, c, h, w)` to log-probabilities `(b, k)`."""
+        stated = cast(Callable[[Images], Logits], self.model.expected_log_probabilities)
+        return stated(x)
+
+
+def fast_mixture(mixture: nn.Module, x: Images, y: Labels, precision: Precision = "fp32") -> RoutedModel:
+    """A mixture whose gate and experts answer as this one's do, only quicker; the mixture itself where no copy does.
+
+    Args:
+        mixture: a `RoutedModel`, as the model of `fast`; it may be random, if its gate and experts are not.
+        x, y: a few images to check it on.
+        precision: with `bf16` the experts run under autocast. The gate does not, since routes turn on small differences.
+    """
+    changes = (
+        (FOLDED, lambda told: _in_place(_folded_mixture(told))),
+        (FOLDED, _folded_mixture),
+        ("channels_last", _same),
+    )
+    told, _ = _quickest(Told(mixture), x[:PROBES], y[:PROBES], changes)
+    told = told.model if isinstance(told, ChannelsLast) else told
+    quick = cast(RoutedModel, told.mixture)
+    return cast(RoutedModel, AutocastExperts(quick, x.device.type)) if precision == "bf16" else quick
+
+
+class Told(nn.Module):
+    """All that adaptive attacks ask of a mixture, in one answer."""
+
+    def __init__(self, mixture: nn.Module) -> None:
+        super().__init__()
+        self.mixture = mixture
+
+    def forward(self, x: Images) -> Tensor:
+        """`(b, c, h, w)` to `(b, …)`: the scores, every expert's logits, and what the defense's own aims look at."""
+        mixture = cast(RoutedModel, self.mixture)
+        mixture.selected(x)
+        legacy: Callable[[], dict[str, Any]] | None = getattr(mixture, "legacy_aims", None)
+        return torch.cat(
+            [
+                mixture.gate(x),
+                mixture.all_outputs(x).flatten(1),
+                *(output_of(mixture, x, k) for k in range(mixture.experts_count)),
+                *(aim.output(x) for aim in (legacy() if legacy else {}).values()),
+            ],
+            1,
+        )
+
+
+def _folded_mixture(told: nn.Module) -> nn.Module:
+    # each part for itself: of a mixture that was traced only the forward pass would remain
+    _children_folded(cast(nn.Module, told.mixture))
+    return told
+
+
+class AutocastExperts:
+    """A mixture whose experts answer in bfloat16 where autocast allows it, with float32 logits; all else is as it was."""
+
+    def __init__(self, mixture: RoutedModel, device: str) -> None:
+        self.mixture, self.device = mixture, device
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.mixture, name)
+
+    def all_outputs(self, x: Images) -> Tensor:
+        """Every expert's logits, `(b, e, k)`."""
+        with torch.autocast(self.device, torch.bfloat16):
+            return self.mixture.all_outputs(x).float()
+
+    def one_output(self, x: Images, expert: int) -> Logits:
+        """One expert's logits, `(b, k)`."""
+        with torch.autocast(self.device, torch.bfloat16):
+            return output_of(self.mixture, x, expert).float()
 
 
 class ChannelsLast(nn.Module):
@@ -107,8 +200,10 @@ class TF32(nn.Module):
         return tf32()
 
 
-def _quickest(model: nn.Module, x: Images, y: Labels) -> tuple[nn.Module, str]:
-    """The first copy that is the model, and what it is; the model itself where none is."""
+def _quickest(
+    model: nn.Module, x: Images, y: Labels, changes: Sequence[tuple[str, Callable[[nn.Module], nn.Module]]]
+) -> tuple[nn.Module, str]:
+    """The first changed copy that is the model, and what it is; the model itself where none is."""
     try:
         exact = copy.deepcopy(model).double()
         few, labels = _of_every_way(exact, x, y)
@@ -123,11 +218,7 @@ def _quickest(model: nn.Module, x: Images, y: Labels) -> tuple[nn.Module, str]:
     except Exception:
         # a stranger's model may refuse to be copied or to run in float64, in any way
         return model, "as it is (it does not run in float64)"
-    for about, change in (
-        (FOLDED, lambda model: _in_place(_folded(model))),
-        (FOLDED, _folded),
-        ("channels_last", nn.Identity()),
-    ):
+    for about, change in changes:
         try:
             candidate = ChannelsLast(change(copy.deepcopy(exact)).to(memory_format=torch.channels_last))
             found = _answers(candidate, probe, labels)
@@ -173,13 +264,14 @@ def projection(logits: Logits, y: Labels) -> Tensor:
 
 def _folded(module: nn.Module) -> nn.Module:
     """The module with BatchNorm folded wherever torch.fx can follow the forward pass."""
+    if isinstance(module, (Apart, ByBatch)):
+        # its networks are also asked one by one, and of what is traced only the forward pass remains
+        return _children_folded(module)
     try:
         traced = fx.symbolic_trace(module)
     except Exception:
         # tracing runs the author's code on stand-ins and may fail in any way; then each part is tried alone
-        for name, child in module.named_children():
-            setattr(module, name, _folded(child))
-        return module
+        return _children_folded(module)
     parts = dict(traced.named_modules())
     for node in list(traced.graph.nodes):
         if node.op != "call_module" or not isinstance(parts[node.target], nn.BatchNorm2d):
@@ -200,6 +292,16 @@ def _folded(module: nn.Module) -> nn.Module:
     traced.delete_all_unused_submodules()
     traced.recompile()
     return traced
+
+
+def _children_folded(module: nn.Module) -> nn.Module:
+    for name, child in module.named_children():
+        setattr(module, name, _folded(child))
+    return module
+
+
+def _same(module: nn.Module) -> nn.Module:
+    return module
 
 
 def _in_place(module: nn.Module) -> nn.Module:

@@ -34,8 +34,8 @@ from bench.audit.contract import is_random
 from bench.data import Dataset, Split
 from bench.draws import DRAWS
 from bench.errors import BenchError, DataError, VoidRun
-from bench.evaluate import PIXELS_AT_ONCE, expectation
-from bench.fast import Fast, Precision, fast
+from bench.evaluate import PIXELS_AT_ONCE
+from bench.fast import Fast, Precision, fast, fast_expectation
 from bench.judge import Cost, Judge, before_any_attack
 from bench.moe import RoutedModel, as_mixture
 from bench.passes import one_pass
@@ -312,7 +312,7 @@ def _rates(
     model = judge.model
     told = precisions(x.device) if multiplies_in_tf32(x.device) else [precision]
     copies: dict[Precision, Fast] = (
-        {"fp32": Fast(expectation(model), "as it is (random)")}
+        {"fp32": fast_expectation(model, x[:FEW], y[:FEW])}
         if random
         else {one: fast(model, x[:FEW], y[:FEW], one) for one in told}
     )

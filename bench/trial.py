@@ -73,6 +73,8 @@ class Trial:
         at_once: how many images gradients are taken of in one pass.
         found: if wanted, where the adversarial images at the protocol's radius are kept.
         radius: that radius.
+        mixture: the deployed model, where it is one.
+        quick_mixture: a faster copy of it for gradients.
         rounds: whether gradients are a function of the image alone, so that iterates that come again need no more of them.
     """
 
@@ -88,6 +90,7 @@ class Trial:
     success: str
     at_once: int | None = None
     mixture: RoutedModel | None = None
+    quick_mixture: RoutedModel | None = None
     surrogate: nn.Module | None = None
     found: Found | None = None
     radius: float = 0.0
@@ -247,7 +250,7 @@ class Trial:
         self.enter(columns, rows, x_adv, prediction, restart, step, only_broken=only_broken)
 
     def _mixture(self) -> None:
-        assert self.mixture is not None
+        assert self.mixture is not None and self.quick_mixture is not None
         column = next(c for c in self.program.columns if not c.diagnostic)
         outcome = self.outcomes[column.name]
         bound, chosen_alone = self.outcomes.get(BOUND), self.outcomes.get(EXPERT_ATTACKED)
@@ -262,7 +265,7 @@ class Trial:
             bound.step = bound.restart.clone()
         threat = threat_model(column.norm, column.eps)
         for restart in range(column.restarts):
-            for run in mixtures.runs(column.attack, self.mixture):
+            for run in mixtures.runs(column.attack, self.quick_mixture):
                 standing = outcome.robust if bound is None else outcome.robust | bound.robust
                 rows = standing.nonzero().flatten()
                 rng = self.starts(column.name, run.name, restart, rows=rows)
@@ -327,7 +330,7 @@ class Trial:
 
     def _router(self) -> None:
         """The gate attacked alone; then the expert it chooses is asked for the clean image."""
-        assert self.mixture is not None
+        assert self.mixture is not None and self.quick_mixture is not None
         (column,) = self.program.columns
         rows = self.standing([column])
         if len(rows) == 0:
@@ -336,7 +339,7 @@ class Trial:
         x, everyone = self.x[rows], torch.arange(len(rows), device=self.x.device)
         with torch.no_grad():
             route = self.mixture.selected(x)
-        gate = Counted(self.mixture.gate, self.judge.cost, self.at_once)
+        gate = Counted(self.quick_mixture.gate, self.judge.cost, self.at_once)
         ends = trajectory(
             gate,
             x,

@@ -1,22 +1,35 @@
 """The copy that gradients are taken from: it is the model, or it is not used."""
 
 import copy
+import dataclasses
 from functools import partial
 
 import pytest
 import torch
 from learnable import dataset
 from oracles import small_net
+from routed_toys import RouteToy
 from torch import nn
 from torch.nn import functional as F
 
 from baselines.resnet import resnet18
 from bench.attacks.gradient import input_gradient
 from bench.attacks.losses import cross_entropy, margin
+from bench.config import replaced
 from bench.errors import VoidRun
-from bench.fast import Autocast, ChannelsLast, _add, _folded, _in_place, fast
+from bench.fast import (
+    Autocast,
+    ChannelsLast,
+    _add,
+    _folded,
+    _in_place,
+    fast,
+    fast_expectation,
+    fast_mixture,
+    projection,
+)
 from bench.model import Normalized
-from bench.moe import Experts
+from bench.moe import Experts, output_of
 from bench.registry import get
 from bench.train import initial
 
@@ -421,3 +434,76 @@ def test_normalisation_is_part_of_the_copy():
     made = fast(model, x, y)
     assert made.about == FOLDED
     assert_same(model, made.model, x, y)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# mixtures
+
+
+def a_mixture(name, side=20):
+    """One of the registry's, trained by chance, on images so large that its experts run one after another."""
+    data, kind = dataset(side=side), get(name)
+    config = kind.recipes["tiny"]
+    known = {field.name for field in dataclasses.fields(config)}
+    narrow = {n: 4 for n in ("width", "gate_width", "router_width") if n in known}
+    model, x = initial(kind(replaced(config, narrow)), data, 0), torch.rand(4, *data.shape)
+    return settled(model, x), x, torch.arange(4) % 3
+
+
+@pytest.mark.parametrize("name", ["advmoe", "dwf", "immunity", "jtdmoe", "more", "rter", "soe"])
+def test_gate_and_experts_of_a_folded_mixture_are_the_mixtures(name):
+    model, x, y = a_mixture(name)
+    quick = fast_mixture(model, x, y)
+    assert quick is not model and batch_norms(quick) < batch_norms(model)
+    asked = [lambda m: m.gate, lambda m: lambda x: m.all_outputs(x).flatten(1)]
+    asked += [lambda m, k=k: partial(output_of, m, expert=k) for k in range(model.experts_count)]
+    exact, other = copy.deepcopy(model).double(), copy.deepcopy(quick).double()
+    for of in asked:
+        gradient, logits = input_gradient(of(exact), x.double(), y, projection)
+        found, found_logits = input_gradient(of(other), x.double(), y, projection)
+        torch.testing.assert_close(found_logits, logits, rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(found, gradient, rtol=1e-4, atol=1e-6 * float(gradient.abs().max()))
+    assert torch.equal(quick.selected(x), model.selected(x))
+
+
+class Changing(RouteToy, nn.Module):
+    """A mixture whose copies have another gate."""
+
+    def __init__(self):
+        nn.Module.__init__(self)
+        RouteToy.__init__(self)
+
+    def __deepcopy__(self, memo):
+        other = Changing()
+        other.guard = 2 * self.guard
+        return other
+
+
+def test_a_copy_of_a_mixture_with_another_gate_is_not_used():
+    model, x = Changing(), RouteToy.images(6)
+    assert fast_mixture(model, x, model.labels(x)) is model
+
+
+def test_in_bf16_a_mixtures_experts_are_rounded_and_its_gate_is_not():
+    model, x, y = a_mixture("dwf")
+    exact, quick = fast_mixture(model, x, y), fast_mixture(model, x, y, "bf16")
+    assert torch.equal(quick.gate(x), exact.gate(x)) and quick.soft and quick.experts_count == 9
+    with torch.no_grad():
+        outputs, rounded, one = exact.all_outputs(x), quick.all_outputs(x), output_of(quick, x, 2)
+    assert rounded.dtype == torch.float32 and not torch.equal(rounded, outputs)
+    torch.testing.assert_close(rounded, outputs, rtol=0.1, atol=0.05 * float(outputs.abs().max()))
+    torch.testing.assert_close(one, rounded[:, 2])
+
+
+def test_an_exact_expectation_is_folded_too():
+    model, x, y = a_mixture("immunity")
+    made = fast_expectation(model, x, y)
+    assert made.about == f"exact expectation, {FOLDED}" and batch_norms(made.model) == 0
+    torch.testing.assert_close(made.model(x), model.expected_log_probabilities(x), rtol=1e-4, atol=1e-5)
+
+
+def test_a_random_model_without_one_is_used_as_it_is():
+    x, y = images()
+    model = settled(small_net(3), x)
+    made = fast_expectation(model, x, y)
+    assert made.model is model and made.about == "as it is (random)"
