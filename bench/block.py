@@ -18,15 +18,16 @@ from bench.record import Training
 from bench.typeset import Cell
 
 
-def together(found: Sequence[Group]) -> list[list[Group]]:
-    """The groups by dataset, protocol and images, in that order."""
+def together(found: Sequence[Group], *, same_images: bool = True) -> list[list[Group]]:
+    """The groups by dataset, protocol and images, in that order; or whichever images they were asked about."""
     alike: dict[tuple[str, str, str], list[Group]] = {}
     for group in found:
         asked = group.records[0].asked
         # what only a mixture is asked does not keep it from standing beside other networks
         columns = [c for c in asked.protocol.get("columns", ()) if c["attack"] not in ADAPTIVE]
         protocol = {**asked.protocol, "columns": columns}
-        same = json.dumps([asked.samples, asked.data_hash, protocol], sort_keys=True)
+        samples = asked.samples if same_images else None
+        same = json.dumps([samples, asked.data_hash, protocol], sort_keys=True)
         alike.setdefault((group.dataset, group.protocol, same), []).append(group)
     return [alike[key] for key in sorted(alike)]
 

@@ -10,6 +10,7 @@ rows have names of their own). A document holds what is made of them between two
     <!-- read: QUESTION protocol=P rows=NAME,… compare_to=N --> what `bench read` prints of these rows of the grid
     <!-- rows: NAME,NAME -->                                    how these rows of the grid were trained, and what it cost
     <!-- summary: NAME,NAME -->                                 a line for each of them over all protocols
+    <!-- hours: NAME -->                                        what training this row's defense takes, here and at full size
 
 each closed by `<!-- /table -->`. Pictures depend on the versions of the libraries that draw them, so a figure is compared by
 the CSV behind it, and drawn anew where that differs.
@@ -30,7 +31,7 @@ ROOT = Path(__file__).resolve().parent.parent
 MEASURED = ROOT / "results" / "measured"
 CIFAR = ROOT / "results" / "cifar10"
 DOCUMENTS = (ROOT / "README.md", MEASURED / "README.md", ROOT / "results" / "README.md")
-MARK = re.compile(r"<!-- (table|read|rows|summary): (.+?) -->\n.*?<!-- /table -->", re.DOTALL)
+MARK = re.compile(r"<!-- (table|read|rows|summary|hours): (.+?) -->\n.*?<!-- /table -->", re.DOTALL)
 #: stands where the grid has not come yet
 NOT_YET = "Not measured yet; `tests/grid.py` goes on with it."
 ENDINGS = {"markdown": "md", "latex": "tex", "csv": "csv"}
@@ -130,7 +131,7 @@ def rows(told: str) -> str:
         )
     caption = (
         "How each network was trained. Cost: forward-backward passes for each training image, crafting included, times the multiply-adds of "
-        f"one; and as a multiple of that of {made[0][0]}. Minutes on one CPU core that others shared: {sum(int(one[-1]) for one in made)} in all. "
+        f"one; and as a multiple of that of {made[0][0]}. Minutes on one CPU core that others shared, of one processor or another: {sum(int(one[-1]) for one in made)} in all. "
         "Batches of 64; what is not named is the recipe `fast`, and for mixtures of kind dwf what the first row has."
     )
     headings = ("row", "defense", "settings", "parameters", "passes × multiply-adds", "cost", "minutes")
@@ -141,6 +142,57 @@ def _said(value: object) -> str:
     if isinstance(value, float):
         return f"{value:.4g}"
     return "/".join(map(_said, value)) if isinstance(value, tuple) else str(value)
+
+
+#: of a multiply-add, forward and backward
+OPERATIONS = 6
+
+
+def hours(told: str) -> str:
+    """What training a row's defense takes, at the scale of the grid and at full size, beside the hours that its paper reports."""
+    import costs
+
+    from bench import registry
+    from bench.config import replaced
+    from bench.data import load
+    from bench.sheet import Sheet, written
+
+    kind = registry.get(told)
+    reported = int(re.search(r"(\d+) GPU-hours", sys.modules[kind.__module__].__doc__)[1])
+    # a tenth of the images is held out, here as there
+    training, full = chosen(told)[0].records[0].training, 0.9 * 50_000
+    entry = float(re.search(r"passes of ([\d.]+) G", registry.entries()[told].cost)[1])
+    done = OPERATIONS * training.passes * 0.9 * 5_085 * training.multiply_adds
+    made = [
+        (
+            "this grid, one CPU core",
+            f"{training.passes:.1f} × {training.multiply_adds / 1e6:.1f} M",
+            f"{done / 1e15:.3g}",
+            f"{training.seconds / 3600:.2g}",
+            f"{done / training.seconds / 1e12:.2g}",
+        )
+    ]
+    for recipe in ("fast", "paper"):
+        narrow = replaced(kind.recipes[recipe], {"width": costs.NARROW["width"]})
+        passes = costs.passes(kind(narrow), load("digits"))
+        work = OPERATIONS * passes * full * entry * 1e9
+        known = recipe == "paper"
+        made.append(
+            (
+                f"recipe {recipe}, all of CIFAR-10"
+                + (", in the hours that the paper reports" if known else ""),
+                f"{passes:.0f} × {entry:g} G",
+                f"{work / 1e15:.3g}",
+                f"{reported}" if known else "",
+                f"{work / reported / 3600 / 1e12:.2g}" if known else "",
+            )
+        )
+    caption = (
+        f"What training {told} takes. Work: passes for each training image, times images, times multiply-adds, times {OPERATIONS} operations "
+        "forward and backward. The last column is what the hours would come to; a dash, what was not run."
+    )
+    headings = ("training", "passes × multiply-adds", "work, PFLOP", "hours", "sustained, TFLOP/s")
+    return written(Sheet("hours", caption, headings, tuple(made)), "markdown")
 
 
 #: the summary's columns: heading, protocol, column
@@ -157,7 +209,7 @@ def summary(told: str) -> str:
     from bench.block import doubt
     from bench.sheet import Sheet, written
 
-    made, n = [], {}
+    made, n, reduced = [], {}, {}
     for name in (name for name in told.split(",") if chosen(name)):
         cells, verdicts = [], []
         for _, protocol, column in HEADLINES:
@@ -166,23 +218,31 @@ def summary(told: str) -> str:
                 cells.append("")
                 continue
             n.setdefault(protocol, len(group.images))
+            reduced.setdefault(group.records[0].asked.precision, {})[name] = None
             value = group.column(column)
             fewer = "" if n[protocol] == len(group.images) else f" of {len(group.images)}"
             cells.append(f"{value.accuracy:.1f} [{value.ci_low:.1f}, {value.ci_high:.1f}]{fewer}")
             verdicts.append(f"{protocol}: {doubt(group)}" if doubt(group) else "")
         doubted = ", ".join(dict.fromkeys(filter(None, verdicts))) or "credible"
         made.append((name, *cells, doubted))
+    gradients = "; ".join(f"{precision}: {', '.join(names)}" for precision, names in reduced.items())
     caption = (
         f"CIFAR-10 ({grid.CPU.dataset}): accuracy in % with 95 % Wilson intervals, L∞ 8/255, on the first test images: "
         f"{', '.join(f'{protocol} {count}' for protocol, count in n.items())}, where nothing else is said. All networks have about 1.6 M parameters, learnt from 5,085 "
         "images, a tenth of them held out, at about equal cost, one seed, and are far smaller and far less trained than anybody's in the literature: compare the rows with one "
-        "another, not with papers. Gradients in bf16, judged in float32."
+        f"another, not with papers. Gradients in {gradients}. Judged in float32."
     )
     headings = ("row", *(heading for heading, *_ in HEADLINES), "audit")
     return written(Sheet("summary", caption, headings, tuple(made)), "markdown")
 
 
-KINDS: dict[str, Callable[[str], str]] = {"table": table, "read": read, "rows": rows, "summary": summary}
+KINDS: dict[str, Callable[[str], str]] = {
+    "table": table,
+    "read": read,
+    "rows": rows,
+    "summary": summary,
+    "hours": hours,
+}
 
 
 @cache

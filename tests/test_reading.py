@@ -77,6 +77,21 @@ def test_the_worst_case_of_several_radii_is_compared_with_nothing(tmp_path):
     )
 
 
+def test_rows_that_were_asked_about_fewer_images_are_compared_on_those(tmp_path):
+    held = np.arange(200) % 2 == 0
+    run(tmp_path, {"pgd-20": held}, defense="dwf", columns=COLUMNS)
+    run(tmp_path, {"pgd-20": held[:50]}, defense="dwf", columns=COLUMNS, n=50)
+    run(tmp_path, {"pgd-20": 80}, defense="pgd_at", columns=COLUMNS)
+    run(tmp_path, {"pgd-20": 50}, defense="soe", columns=COLUMNS, n=50)
+    (of_all, of_few) = asked(tmp_path, "differences", compare_to="dwf")
+    assert "on the n images that both were asked about" in of_all.caption
+    told = {row[0]: row[1:] for row in of_all.rows}
+    assert set(told) == {"pgd_at", "soe"} and (told["pgd_at"][0], told["soe"][0]) == ("200", "50")
+    assert told["pgd_at"][2].startswith("+10.0 [") and told["soe"][2].startswith("-50.0 [")
+    assert "on the same 50 images" in of_few.caption and {row[0] for row in of_few.rows} == {"pgd_at", "soe"}
+    assert {row[0]: row[2] for row in of_few.rows}["pgd_at"].startswith("-50.0 [")
+
+
 def test_differences_need_a_defense_that_is_there(tmp_path):
     run(tmp_path, defense="dwf")
     with pytest.raises(UnknownName, match="pgd_at"):

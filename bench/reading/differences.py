@@ -8,6 +8,7 @@ difference is one of shares of draws, and the same is done. The test is McNemar'
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import numpy as np
 from numpy.typing import NDArray
@@ -26,7 +27,7 @@ LEVEL = 0.05
 
 
 def sheets(found: Sequence[Group], compare_to: str) -> list[Sheet]:
-    """A table for each dataset, protocol and set of images that has the defense and another.
+    """A table for each dataset and protocol that has the defense and another, each compared on the images that both have.
 
     Raises:
         UnknownName: no row of that defense.
@@ -34,12 +35,29 @@ def sheets(found: Sequence[Group], compare_to: str) -> list[Sheet]:
     if not named(found, compare_to):
         raise UnknownName("defense", compare_to, {group.label for group in found}, " (in these runs)")
     made = []
-    for alike in together(found):
+    for alike in together(found, same_images=False):
         for one in named(alike, compare_to):
-            others = [group for group in alike if group is not one and not untestable(one, group)]
-            if others and not untestable(one, one):
-                made.append(_sheet(one, others))
+            pairs = [
+                (restricted(one, group.images), restricted(group, one.images))
+                for group in alike
+                if network(group) != network(one)
+            ]
+            pairs = [(a, b) for a, b in pairs if len(a.images) and not untestable(a, b)]
+            if pairs:
+                made.append(_sheet(pairs))
     return made
+
+
+def network(group: Group) -> tuple[str, str]:
+    """What tells one network from another, whatever it was asked."""
+    asked = group.records[0].asked
+    return asked.defense, asked.model_hash
+
+
+def restricted(group: Group, images: NDArray[np.int64]) -> Group:
+    """The group's outcomes on those of its images that are among these; its columns still tell of all."""
+    own = np.isin(group.images, images)
+    return replace(group, images=group.images[own], shares=tuple(matrix[:, own] for matrix in group.shares))
 
 
 def difference(a: NDArray[np.float64], b: NDArray[np.float64]) -> tuple[float, float, float]:
@@ -74,13 +92,15 @@ def held(group: Group, name: str) -> NDArray[np.float64]:
     return found
 
 
-def _sheet(one: Group, others: Sequence[Group]) -> Sheet:
-    columns = compared([one, *others])
-    places = [(group, column) for group in others for column in columns]
-    p = [mcnemar(one.outcomes(column.name), group.outcomes(column.name)) for group, column in places]
-    adjusted = dict(zip([(id(g), c.name) for g, c in places], holm(p), strict=True))
+def _sheet(pairs: Sequence[tuple[Group, Group]]) -> Sheet:
+    one = pairs[0][0]
+    columns = compared([one, *(group for _, group in pairs)])
+    places = [(own, group, column) for own, group in pairs for column in columns]
+    p = [mcnemar(own.outcomes(column.name), group.outcomes(column.name)) for own, group, column in places]
+    adjusted = dict(zip([(id(g), c.name) for _, g, c in places], holm(p), strict=True))
+    several = len({len(group.images) for _, group in pairs}) > 1
 
-    def cell(group: Group, column: Measured) -> str:
+    def cell(one: Group, group: Group, column: Measured) -> str:
         value, low, high = difference(held(one, column.name), held(group, column.name))
         mark = DIFFERS if adjusted[id(group), column.name] < LEVEL else ""
         return f"{100 * value:+.1f} [{100 * low:+.1f}, {100 * high:+.1f}]{mark}"
@@ -88,15 +108,20 @@ def _sheet(one: Group, others: Sequence[Group]) -> Sheet:
     rows = [
         (
             f"{group.label} ({doubt(group)})" if doubt(group) else group.label,
-            *(cell(group, column) for column in columns),
+            *((f"{len(group.images)}",) if several else ()),
+            *(cell(own, group, column) for column in columns),
         )
-        for group in others
+        for own, group in pairs
     ]
-    n = len(one.images)
+    same = "the n images that both were asked about" if several else f"the same {len(one.images)} images"
     caption = (
-        f"{one.dataset}, protocol {one.protocol}: how many points {one.label} is above each row, on the same {n} images; above 0 "
+        f"{one.dataset}, protocol {one.protocol}: how many points {one.label} is above each row, on {same}; above 0 "
         f"{one.label} is the better. In brackets the 95 % interval (Bonett and Price). {DIFFERS}: it differs (McNemar's exact test, "
         f"Holm over the {len(places)} differences of this table, {100 * LEVEL:g} %)."
     )
-    headings = ("less", *("SA" if c.attack == "clean" else f"RA {c.name}" for c in columns))
+    headings = (
+        "less",
+        *(["n"] if several else []),
+        *("SA" if c.attack == "clean" else f"RA {c.name}" for c in columns),
+    )
     return Sheet(f"differences-{one.protocol}", caption, headings, tuple(rows))
