@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from baselines import plain
+from baselines.resnet import every
 from bench.checkpoint import Source, renamed
 from bench.config import config
 from bench.data import Dataset
@@ -44,17 +45,19 @@ class Block(nn.Module):
         self.conv2 = nn.Conv2d(width, width, 3, 1, 1, bias=False)
         self.bn2 = nn.BatchNorm2d(width)
         self.shortcut: nn.Module = nn.Sequential()
+        #: of a projection, before which the pixels are picked; the other shortcut picks them itself
+        self.stride = stride if shortcut == "B" else 1
         if stride > 1 or width_in != width:
             self.shortcut = (
                 Padded(width_in, width, stride)
                 if shortcut == "A"
-                else nn.Sequential(nn.Conv2d(width_in, width, 1, stride, bias=False), nn.BatchNorm2d(width))
+                else nn.Sequential(nn.Conv2d(width_in, width, 1, bias=False), nn.BatchNorm2d(width))
             )
 
     def forward(self, x: Tensor) -> Tensor:
         """`(b, width_in, h, w)` to `(b, width, h/stride, w/stride)`."""
         h = F.relu(self.bn1(self.conv1(x)))
-        return F.relu(self.bn2(self.conv2(h)) + self.shortcut(x))
+        return F.relu(self.bn2(self.conv2(h)) + self.shortcut(every(x, self.stride)))
 
 
 class Padded(nn.Module):

@@ -34,7 +34,7 @@ from bench.defense import Defense, Stage
 from bench.errors import CheckpointError, Interrupted, UsageError, VoidRun
 from bench.fast import Precision
 from bench.held_out import HeldOut, hold_out, pgd10
-from bench.layout import layout
+from bench.overrun import sound
 from bench.passes import Work, counting, one_pass
 from bench.progress import Meter, progress
 from bench.record import atomic
@@ -144,8 +144,7 @@ def train(
         UsageError: a stage observes something other than finite numbers.
     """
     stages = list(defense.stages(data))
-    model = initial(defense, data, seed).to(device)
-    model.to(memory_format=layout(model, device))
+    model = initial(defense, data, seed).to(device).to(memory_format=torch.channels_last)
     if not stages:
         return Trained(model, [], 0.0, model.state_dict())
     file = folder / "state.pt"
@@ -305,7 +304,6 @@ class Part:
 
     def __init__(self, loop: Loop, number: int, stage: Stage) -> None:
         self.loop, self.number, self.stage = loop, number, stage
-        self.layout = layout(loop.model, loop.device)
         model, state = loop.model, loop.state
         groups = stage.groups(model) if stage.groups else [list(model.parameters())]
         self.optimisers = [
@@ -348,14 +346,14 @@ class Part:
         loop, stage = self.loop, self.stage
         rng = Rng(loop.seed, "train", self.number, epoch, step)
         x, y = loop.kept.batch(rows, loop.device)
-        x = augment(x, loop.data, rng.at("augment")).contiguous(memory_format=self.layout)
+        x = augment(x, loop.data, rng.at("augment")).contiguous(memory_format=torch.channels_last)
         lr = stage.lr * rate(epoch * self.batches + step, self.total, round(stage.warmup * self.batches))
         for optimiser in self.optimisers:
             for group in optimiser.param_groups:
                 group["lr"] = lr
         # layers that draw from the global generator, such as dropout, are addressed too
         torch.manual_seed(rng.at("global").seed())
-        with _arithmetic(loop.device, loop.precision):
+        with _arithmetic(loop.device, loop.precision), sound(loop.model, loop.device):
             loss = stage.step(loop.model, x, y, rng, self.optimisers)
         if self.average:
             self.average.update(loop.model)
@@ -625,8 +623,7 @@ def paces(
     step of fewer images than a batch says too little by what a step costs whatever its size. Where the number of PGD's
     steps is drawn, so is the pace.
     """
-    model = initial(defense, data, 0).to(device).train()
-    model.to(memory_format=layout(model, device))
+    model = initial(defense, data, 0).to(device).to(memory_format=torch.channels_last).train()
     stages = list(defense.stages(data))
     with torch.random.fork_rng(devices=_generators()):
         if stages:
@@ -648,9 +645,9 @@ def _pace(
     def seconds(images: int, draw: int) -> float:
         """What a step of so many images takes."""
         x, y = data.train.batch(slice(0, images), device)
-        x = x.contiguous(memory_format=layout(model, device))
+        x = x.contiguous(memory_format=torch.channels_last)
         started = time.perf_counter()
-        with _arithmetic(device, precision):
+        with _arithmetic(device, precision), sound(model, device):
             loss = stage.step(model, x, y, Rng(0, "estimate", number, draw), still)
         # waits until the device has done what it was told
         loss.item()

@@ -63,6 +63,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.optim import SGD
 
+from baselines.resnet import every
 from baselines.resnet_cifar import CifarResNet
 from bench.attacks.losses import cross_entropy
 from bench.attacks.mixture import Aim
@@ -180,15 +181,14 @@ class RoutedBlock(nn.Module):
         self.conv2 = RoutedConv(width, width, 1, experts)
         self.bn2 = nn.BatchNorm2d(width)
         self.shortcut = nn.Sequential()
+        self.stride = stride
         if stride > 1 or width_in != width:
-            self.shortcut = nn.Sequential(
-                nn.Conv2d(width_in, width, 1, stride, bias=False), nn.BatchNorm2d(width)
-            )
+            self.shortcut = nn.Sequential(nn.Conv2d(width_in, width, 1, bias=False), nn.BatchNorm2d(width))
 
     def forward(self, h: Tensor, routes: Routes) -> Tensor:
         """`(b, width_in, h, w)` to `(b, width, h/stride, w/stride)`."""
         out = F.relu(self.bn1(self.conv1(h, routes)))
-        return F.relu(self.bn2(self.conv2(out, routes)) + self.shortcut(h))
+        return F.relu(self.bn2(self.conv2(out, routes)) + self.shortcut(every(h, self.stride)))
 
 
 class Backbone(nn.Module):

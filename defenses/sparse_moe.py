@@ -59,7 +59,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from baselines.resnet import BasicBlock, resnet18
+from baselines.resnet import BasicBlock, every, resnet18
 from bench.attacks.pgd import pgd
 from bench.config import AtLeastOne, NotNegative, Radius, Rate, config
 from bench.crafting import crafting
@@ -192,12 +192,12 @@ class SparseBlock(nn.Module):
         plain = BasicBlock(width_in, width, stride, 1)
         self.conv1, self.bn1 = SparseLayer(first, width_in, config), plain.bn1
         self.conv2, self.bn2 = SparseLayer(second, width, config), plain.bn2
-        self.shortcut = plain.shortcut
+        self.shortcut, self.stride = plain.shortcut, stride
 
     def forward(self, h: Tensor, journey: Journey) -> Tensor:
         """`(b, width_in, h, w)` to `(b, width, h/stride, w/stride)`."""
         out = F.relu(self.bn1(self.conv1(h, journey)))
-        return F.relu(self.bn2(self.conv2(out, journey)) + self.shortcut(h))
+        return F.relu(self.bn2(self.conv2(out, journey)) + self.shortcut(every(h, self.stride)))
 
 
 class SparseNet(nn.Module):
