@@ -25,7 +25,7 @@ def sound(model: nn.Module, device: torch.device | str) -> AbstractContextManage
 @contextmanager
 def _without_onednn() -> Iterator[None]:
     before = torch.backends.mkldnn.enabled
-    torch.backends.mkldnn.enabled = False
+    torch.backends.mkldnn.enabled = False  # type: ignore[assignment]
     try:
         yield
     finally:
