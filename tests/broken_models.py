@@ -289,6 +289,25 @@ class FakeMixture(Wrapper):
         return self.gate(x).argmax(1)
 
 
+class FakeExpert(Wrapper):
+    """A mixture of twice the same network, which says something else when it is asked alone."""
+
+    soft = True
+    experts_count = 2
+
+    def gate(self, x):
+        return x.flatten(1)[:, :2]
+
+    def all_outputs(self, x):
+        return torch.stack([self(x)] * 2, 1)
+
+    def one_output(self, x, expert):
+        return x.flatten(1)[:, :CLASSES]
+
+    def selected(self, x):
+        return self.gate(x).argmax(1)
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # random
 
@@ -594,6 +613,7 @@ BROKEN = {
     "decoy": _odd(Decoy, "suspect"),
     "draws together": _odd(DrawsTogether, "void", "memorised-images"),
     "fake mixture": _odd(FakeMixture, "void", "mixture-mismatch"),
+    "fake expert": _odd(FakeExpert, "void", "mixture-mismatch"),
     "gaussian noise": _odd(GaussianNoise, "suspect", "random-forward"),
     "tiny noise": _odd(lambda net: GaussianNoise(net, 1e-6), "suspect", "random-forward"),
     "re-seeded noise": _odd(Reseeded, "suspect", "random-forward"),

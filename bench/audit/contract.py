@@ -28,7 +28,7 @@ from bench.errors import BenchError, VoidRun
 from bench.finding import Finding
 from bench.judge import ask
 from bench.model import evaluating
-from bench.moe import as_mixture
+from bench.moe import as_mixture, output_of
 from bench.record import Facts
 from bench.rng import Rng
 from bench.types import Images, Labels, Logits
@@ -705,8 +705,12 @@ def mixture_mismatch(s: Subject, threshold: float) -> Evidence:
     mixture = as_mixture(s.model)
     if mixture is None or not s.settled or s.sources:
         return None
-    said = s.logits(s.x, "the images")
-    told = mixed(mixture, deployed_weights(mixture, s.x), mixture.all_outputs(s.x)).to(said.dtype)
+    said, outputs = s.logits(s.x, "the images"), mixture.all_outputs(s.x)
+    for k in range(mixture.experts_count):
+        alone, among = output_of(mixture, s.x, k), outputs[:, k]
+        if s.differ(alone, among) > threshold and not torch.equal(alone.argmax(1), among.argmax(1)):
+            return f"asked alone, expert {k} answers otherwise than among the others"
+    told = mixed(mixture, deployed_weights(mixture, s.x), outputs).to(said.dtype)
     # what a softmax does not see may differ
     gap = s.differ(said.log_softmax(1), told.log_softmax(1))
     if gap <= threshold or torch.equal(said.argmax(1), told.argmax(1)):
