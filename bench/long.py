@@ -234,6 +234,31 @@ def _outcomes(record: Record) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
     Raises:
         UsageError: an image lacks a column, has one twice or has one that the record does not know.
     """
+    images, shares, selected = _shares(record)
+    # what a diagnostic tells is not the deployed model's robustness
+    counts = [place for place, column in enumerate(record.columns) if not column.diagnostic]
+    rows = [*shares, _least(shares, selected, counts)]
+    if record.model.draws > 1:
+        rows.append((shares[counts] == 1).all(0))
+    return images, np.array(rows, dtype=np.float64)
+
+
+def worst_of(record: Record, names: Sequence[str]) -> NDArray[np.float64]:
+    """The share of draws in which each image held in the worst of these columns, `(n,)`; chosen as for the worst case."""
+    _, shares, selected = _shares(record)
+    return _least(shares, selected, [place for place, c in enumerate(record.columns) if c.name in names])
+
+
+def _least(
+    shares: NDArray[np.float64], selected: NDArray[np.float64], places: Sequence[int]
+) -> NDArray[np.float64]:
+    chosen = np.array(places)[selected[list(places)].argmin(0)]
+    least: NDArray[np.float64] = shares[chosen, np.arange(shares.shape[1])]
+    return least
+
+
+def _shares(record: Record) -> tuple[NDArray[np.int64], NDArray[np.float64], NDArray[np.float64]]:
+    """The images of a record; and for each column and image the share of fresh draws that were right, and of those chosen by."""
     import pandas as pd
 
     table = record.outcomes(["index", "column", "share", "selected"])
@@ -249,14 +274,7 @@ def _outcomes(record: Record) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
         selected[order[codes], places] = table["selected"].to_numpy()
     if not whole or np.isnan(shares).any():
         raise UsageError(f"{record._folder} lacks outcomes of some images; delete it and run again")
-    # what a diagnostic tells is not the deployed model's robustness
-    counts = [place for place, column in enumerate(record.columns) if not column.diagnostic]
-    chosen = np.array(counts)[selected[counts].argmin(0)]
-    worst = shares[chosen, np.arange(len(images))]
-    rows = [*shares, worst]
-    if record.model.draws > 1:
-        rows.append((shares[counts] == 1).all(0))
-    return np.asarray(images, dtype=np.int64), np.array(rows, dtype=np.float64)
+    return np.asarray(images, dtype=np.int64), shares, selected
 
 
 def _labels(alike: Sequence[Record]) -> list[str]:

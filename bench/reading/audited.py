@@ -45,7 +45,7 @@ HEADINGS = (
 def _caption(dataset: str) -> str:
     return (
         f"{dataset}: RA: the worst case over the run's attacks at the radius that it shares with most other runs of the same weights, "
-        "else at its own largest, in %. Overlooked: images that held in this run and fell at that radius, or a smaller one, in another, of the images both have; "
+        "else at its own largest, in %; of a random model the images right in more draws than not. Overlooked: images that held in this run and fell at that radius, or a smaller one, in another, of the images both have; "
         "95 % Wilson interval. Right: a suspect number that was overlooked much, or a credible one that was not (the interval's "
         f"lower end above {100 * WRONG:g} % or not). Open: no other run, or a suspect number that nothing has refuted yet."
     )

@@ -7,10 +7,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import numpy as np
-
 from bench.block import doubt
-from bench.long import WORST_CASE, WORST_DRAW, Group
+from bench.long import WORST_CASE, WORST_DRAW, Group, worst_of
 from bench.reading.differences import held
 from bench.sheet import Sheet
 from bench.stats import wilson
@@ -53,7 +51,7 @@ HEADINGS = (
 def _caption(dataset: str, protocol: str) -> str:
     return (
         f"{dataset}, protocol {protocol}: mixtures of experts, in % of the n images but for entropies. PGD alone: end to end, with "
-        "every loss that was asked; hidden: what held there and fell to another attack of the same radius, with its 95 % Wilson interval. Experts alone: "
+        "every loss that was asked; hidden: what held there and fell to another attack of the same radius, with its 95 % Wilson interval (of a random model both are shares of draws, so that chance can put the worst case above PGD). Experts alone: "
         "accuracy on clean images, each expert answering everything. Load: mean gate weight on clean images, of a hard gate the "
         "share of images that the expert answers. Entropy: of an image's gate weights, as a share of the largest there can "
         "be, the mean over images; of a hard gate, that of the load. Attacked: the images that the run's attacks ended with."
@@ -85,11 +83,12 @@ def _hidden(group: Group) -> tuple[str, str, str]:
     pgd = [column for column in asked if column.attack in PGD and not column.survivors]
     if not pgd or len({column.epsilon for column in asked}) > 1:
         return "", "", ""
-    stood = np.min([held(group, column.name) for column in pgd], axis=0)
+    stood = worst_of(group.records[0], [column.name for column in pgd])
     alone, worst = f"{100 * stood.mean():.1f}", f"{100 * held(group, WORST_CASE).mean():.1f}"
     if len(pgd) == len(asked):
         return alone, worst, ""
-    fell = float(np.clip(stood - held(group, WORST_CASE), 0, None).sum())
+    # of a random model both are shares of draws, and can differ by chance
+    fell = max(0.0, float((stood - held(group, WORST_CASE)).sum()))
     low, high = (100 * float(end) for end in wilson(fell, len(group.images)))
     return alone, worst, f"{100 * fell / len(group.images):.1f} [{low:.1f}, {high:.1f}]"
 
