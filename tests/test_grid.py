@@ -5,6 +5,8 @@ import pytest
 from click.testing import CliRunner
 from made_up import run
 
+from bench import registry
+
 SMALL = grid.Scale(
     dataset="digits",
     device="cpu",
@@ -19,6 +21,12 @@ SMALL = grid.Scale(
 def test_every_row_is_what_its_defense_accepts(scale, row):
     config = grid.asked_of(row)
     assert set(row.settings) <= set(config) and set(row.protocols) <= set(grid.SCALES[scale].samples)
+
+
+@pytest.mark.parametrize("scale", grid.SCALES)
+def test_what_is_refused_of_a_random_model_is_not_asked(scale):
+    for row in grid.SCALES[scale].rows:
+        assert not registry.get(row.defense).random or set(row.protocols) <= {"adaptive", "standard"}
 
 
 @pytest.mark.parametrize("scale", grid.SCALES)
