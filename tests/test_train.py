@@ -1034,3 +1034,20 @@ def test_an_explanation_has_a_row_for_each_recipe_and_trains_nothing(recipe, rec
     told = pipeline.training_told(rows)
     assert told.count("images/s") == len(recipes) and f"resnet20 ({recipes[0]}) on digits, cpu, fp32" in told
     assert not (tmp_path / "results").exists()
+
+
+@pytest.mark.parametrize(("stride", "sound"), [(2, False), (1, True)])
+def test_a_network_whose_gradients_onednn_would_overrun_learns_without_it(stride, sound, tmp_path):
+    seen = []
+
+    def watched(model, x, y, rng):
+        seen.append(torch.backends.mkldnn.enabled)
+        return F.cross_entropy(model(x), y)
+
+    def net():
+        convolutions = nn.Conv2d(1, 4, 3, padding=1), nn.Conv2d(4, 8, 1, stride)
+        return nn.Sequential(*convolutions, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 3))
+
+    run(tmp_path, stage(watched), net=net)
+    paces(Made(stage(watched), net=net), DATA, device="cpu", precision="fp32")
+    assert set(seen) == {sound} and torch.backends.mkldnn.enabled
