@@ -38,6 +38,14 @@ def multiplies_in_tf32(device: torch.device) -> bool:
     return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0)
 
 
+def emulates_bf16(device: torch.device) -> bool:
+    """Whether bf16 products are made up of others on this device, many times slower than float32: where torch can tell."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_capability(device) < (8, 0)
+    told: Callable[[], bool] | None = getattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", None)
+    return device.type == "cpu" and told is not None and not told()
+
+
 def arithmetic_of(model: object) -> AbstractContextManager[object]:
     """How gradients of a model are multiplied: as its `arithmetic()` says, if it has one."""
     chosen: Callable[[], AbstractContextManager[object]] = getattr(model, "arithmetic", nullcontext)

@@ -13,7 +13,7 @@ import torch
 from bench import data as datasets
 from bench import processes, registry
 from bench import protocol as protocols
-from bench.arithmetic import multiplies_in_tf32
+from bench.arithmetic import emulates_bf16, multiplies_in_tf32
 from bench.config import number, replaced
 from bench.data import Dataset
 from bench.defense import Defense
@@ -162,6 +162,10 @@ def prepare(
         raise UsageError(
             f"{data.name} has {len(data.test)} test images; --samples must be from 1 to {len(data.test)}, not {samples}"
         )
+    # of many processes one speaks
+    say = say if say is not None and processes.rank() == 0 else lambda line: None
+    if precision == "bf16" and emulates_bf16(where):
+        say(f"{where} has no bf16 and emulates it, many times slower; --precision fp32 is quicker here")
     return Session(
         data=data,
         jobs=jobs,
@@ -177,9 +181,8 @@ def prepare(
         precision=precision,
         surrogates=surrogates,
         results=Path(results),
-        # of many processes one speaks
         quiet=quiet or processes.rank() > 0,
-        say=say if say is not None and processes.rank() == 0 else lambda line: None,
+        say=say,
         ask=ask if processes.rank() == 0 else None,
     )
 

@@ -195,3 +195,26 @@ def test_tf32_is_refused_where_nothing_multiplies_in_it(capability, monkeypatch)
             with pytest.raises(UsageError, match="from Ampere on .* none of them; choose fp32 or bf16"):
                 session._refuse_precision("tf32", device)
         session._refuse_precision("bf16", device)
+
+
+@pytest.mark.parametrize("capability", [(7, 5), (8, 0)])
+def test_a_gpu_before_ampere_emulates_bf16(capability, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    assert arithmetic.emulates_bf16(Gpu()) is (capability < (8, 0))
+
+
+def test_a_processor_emulates_bf16_unless_onednn_multiplies_in_it(monkeypatch):
+    for supported in (False, True):
+        monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda there=supported: there)
+        assert arithmetic.emulates_bf16(torch.device("cpu")) is not supported
+        assert not arithmetic.emulates_bf16(torch.device("meta"))
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("emulated", [False, True])
+def test_emulated_bf16_is_told_and_not_refused(precision, emulated, monkeypatch):
+    monkeypatch.setattr(session, "emulates_bf16", lambda device: emulated)
+    said = []
+    session.prepare("dwf", "digits", "quick", device="cpu", precision=precision, say=said.append)
+    told = [line for line in said if "--precision fp32 is quicker" in line]
+    assert len(told) == (emulated and precision == "bf16")

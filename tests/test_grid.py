@@ -10,6 +10,7 @@ from bench import registry
 SMALL = grid.Scale(
     dataset="digits",
     device="cpu",
+    precision="fp32",
     samples={"adaptive": 20},
     rows=(grid.Row("small", "fgsm_at", {"width": 4, "epochs": 1}, ("adaptive",)),),
 )
