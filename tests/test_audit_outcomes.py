@@ -359,6 +359,35 @@ def test_an_attack_without_gradients_is_known(attack, black):
     assert run((other(attack), 500)).black_box == black
 
 
+# --- where a run claims something -------------------------------------------------------------------------------------
+
+
+def test_a_run_claims_something_at_its_own_radius_whatever_falls_at_larger_ones():
+    swept = [(pgd(20, eps=eps), held) for eps, held in ((0.01, 600), (EPS, 300), (0.1, 0))]
+    assert run(*swept).claimed == EPS
+    assert run(*swept, eps=0.1).claimed == EPS and run(*swept, eps=0.01).claimed == 0.01
+    assert [column.epsilon for column in run(*swept).attacks_at("Linf", EPS)] == [EPS]
+
+
+def test_where_nothing_is_left_the_claim_is_that_of_the_next_smaller_radius_of_pgd():
+    # 110 of 1000 are not above chance
+    swept = [(pgd(20, eps=eps), held) for eps, held in ((0.005, 900), (0.01, 600), (0.02, 110))]
+    assert run(*swept, (pgd(20, eps=0.05), 0), eps=0.05).claimed == 0.01
+    assert run((pgd(20), 0), (fgsm(0.01), 900)).claimed is None, "one step claims nothing for PGD"
+    assert run((pgd(20), 110)).claimed is None and run().claimed is None
+
+
+def test_every_attack_of_a_radius_counts_for_what_is_claimed_there():
+    both = [(pgd(20, eps=0.01), 500), (other("square", eps=0.01), 0), (pgd(20, eps=0.001), 800)]
+    assert run(*both, (pgd(20), 0)).claimed == 0.001
+
+
+def test_one_loss_is_told_where_only_a_smaller_radius_claims_something():
+    swept = [(pgd(20, eps=eps), held) for eps, held in ((0.01, 600), (0.2, 0))]
+    assert found(run(*swept, eps=0.2), "single-loss") == "informs"
+    assert found(run((pgd(20, eps=0.2), 0), eps=0.2), "single-loss") is None
+
+
 def test_every_code_is_tried_here():
     source = Path(__file__).read_text(encoding="utf-8")
     assert all(f'"{check.code}"' in source for check in CHECKS)

@@ -99,6 +99,24 @@ def test_the_images_that_the_audit_looks_at_are_not_the_first_ones(tmp_path, mon
     assert set(looked_at[0]) <= set(right) and set(looked_at[0]) != set(right[:128])
 
 
+@pytest.mark.parametrize("name", ["linear", "quantised"])
+def test_where_the_largest_radius_breaks_everything_a_smaller_one_is_looked_at(name, tmp_path, monkeypatch):
+    """Twenty random starts in the whole box break even what has no gradient; one in a small ball does not."""
+    protocol = tmp_path / "two.toml"
+    protocol.write_text(
+        'name = "two"\neps = 1.0\n'
+        '[[column]]\nattack = "pgd"\neps = 0.1\nsteps = 10\n'
+        '[[column]]\nattack = "pgd"\nsteps = 10\nrestarts = 20\n'
+    )
+    session = specimen(name, monkeypatch, tmp_path, protocol=str(protocol), samples=150)
+    (record,) = pipeline.run_session(session)
+    accuracy = record.outcomes().groupby("column").robust.mean()
+    assert accuracy.min() < 0.1 < accuracy.drop("clean").max(), accuracy
+    assert (record.verdict == "credible") == (name == "linear")
+    looked = [one for one in record.findings if one.evidence.endswith("(at radius 0.1)")]
+    assert ("black-box-beats-white-box" in {one.code for one in looked}) == (name == "quantised")
+
+
 def test_the_images_that_the_contract_looks_at_follow_the_seed():
     split = load("digits").test
     asked = [

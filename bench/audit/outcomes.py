@@ -149,6 +149,25 @@ class Outcomes:
         stand: Held = np.logical_and.reduce([self.right, *(self.held(column) for column in columns)])
         return stand
 
+    @property
+    def claimed(self) -> float | None:
+        """The largest radius at which this run says that more images hold than by chance; None where it says so of none.
+
+        It is the protocol's, unless nothing is left there: then the next smaller one that PGD was run at. A stronger attack
+        could matter there, and at a radius that breaks everything it could not.
+        """
+        smaller = {c.epsilon or 0 for c in self.iterated if c.norm == self.norm and not _same(c, self.eps)}
+        for eps in (self.eps, *sorted((e for e in smaller if e < self.eps), reverse=True)):
+            columns = self.attacks_at(self.norm, eps)
+            low, _ = wilson(int(self.all_hold(columns).sum()), self.n)
+            if columns and float(low) > 1 / self.facts.classes:
+                return eps
+        return None
+
+    def attacks_at(self, norm: str, eps: float) -> list[ColumnRecord]:
+        """The attacks of this radius; those of a smaller one say nothing of it, and those of a larger one too much."""
+        return [column for column in self.attacks if column.norm == norm and _same(column, eps)]
+
     def worst(self, columns: Sequence[ColumnRecord] | None = None) -> NDArray[np.float64]:
         """Per image the share of right answers in the worst of these columns, of all by default, `(n,)`.
 
@@ -195,6 +214,11 @@ def _white(outcomes: Outcomes) -> list[ColumnRecord]:
         for column in outcomes.attacks
         if not _black(column) and column.attack != EIGHT_BIT and column.name not in wholes
     ]
+
+
+def _same(column: ColumnRecord, eps: float) -> bool:
+    """Whether a column's radius is this one; in JSON and in a protocol it may differ in its last digits."""
+    return abs((column.epsilon or 0) - eps) < 1e-9
 
 
 def _covers(strong: ColumnRecord, weak: ColumnRecord) -> bool:
@@ -549,7 +573,7 @@ def degenerate_settings(outcomes: Outcomes, threshold: float) -> Evidence:
 def untargeted_only(outcomes: Outcomes, threshold: float) -> Evidence:
     """A security evaluation (`any`) that claims accuracy above chance without a targeted attack."""
     targeted = any(c.attack in (*TARGETED, "autoattack", "per-route") for c in outcomes.attacks)
-    if outcomes.success != "any" or targeted or not _claims(outcomes):
+    if outcomes.success != "any" or targeted or outcomes.claimed is None:
         return None
     return f"none of {len(outcomes.attacks)} attacks is targeted"
 
@@ -563,7 +587,7 @@ def untargeted_only(outcomes: Outcomes, threshold: float) -> Evidence:
 def single_loss(outcomes: Outcomes, threshold: float) -> Evidence:
     """Accuracy above chance is claimed, and every gradient attack ascends cross-entropy."""
     white = _white(outcomes)
-    if not white or not _claims(outcomes):
+    if not white or outcomes.claimed is None:
         return None
     entropy = all(c.attack == "apgd-ce" or (c.loss == "ce" and c.attack not in ADAPTIVE) for c in white)
     return "every gradient attack ascends cross-entropy" if entropy else None
@@ -630,12 +654,6 @@ def above_chance(held: int, n: int, classes: int, blocks: float, where: str) -> 
         return None
     sentence = f"{_percent(held, n)} of {n} images hold at {where}, where chance is {100 / classes:.3g} %"
     return (sentence, "blocks") if held / n > blocks else (sentence, "warns")
-
-
-def _claims(outcomes: Outcomes) -> bool:
-    """Whether the worst case is above chance, so that a stronger attack could matter."""
-    low, _ = wilson(float(outcomes.worst().sum()), outcomes.n)
-    return bool(outcomes.attacks) and float(low) > 1 / outcomes.facts.classes
 
 
 CHECKS: tuple[Check[Outcomes], ...] = (

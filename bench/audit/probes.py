@@ -64,7 +64,7 @@ class Subject:
         x, y: images `(b, c, h, w)` and labels.
         standing: which of them every attack of the run at the radius left standing, bool `(b,)`.
         pgd_standing: the same of its PGD columns alone.
-        threat: the run's threat model.
+        threat: of the run, at the radius that is looked at.
         classes: how many there are.
         random: whether the model's answers differ from call to call.
         rng: one stream per image.
@@ -245,7 +245,7 @@ def probe(
         model: the deployed one, in eval mode.
         gradient_model: where gradients come from.
         x, y: correctly classified images and their labels.
-        threat: the run's.
+        threat: where to look: its radius is one at which the run says that images hold.
         outcomes: of these images, in this order.
         classes: how many there are.
         random: whether the model's answers differ from call to call.
@@ -253,9 +253,7 @@ def probe(
         budget: in forward passes, a gradient counting three; each probe looks at as many images as its part of what is
             left allows.
     """
-    at_radius = [
-        c for c in outcomes.attacks if c.norm == threat.norm and (c.epsilon or 0) >= threat.eps - 1e-9
-    ]
+    at_radius = outcomes.attacks_at(threat.norm, threat.eps)
     iterated = [column for column in outcomes.iterated if column in at_radius]
     subject = Subject(
         model=model,

@@ -96,18 +96,25 @@ def audit(evaluator: Evaluator, record: Record, outcomes: bytes) -> Record:
             if len(x) <= budget // 4:
                 logits = Judge(evaluator.attacked, evaluator.classes, cost).logits(x, x, None)
                 _, zero_loss = saturation(logits, y)
+            # where nothing is left standing there is nothing to doubt
+            radius = seen.claimed or seen.eps
             probed, more = probe(
                 evaluator.model,
                 evaluator.gradient_model,
                 x,
                 y,
-                threat=threat_model(seen.norm, seen.eps),
+                threat=threat_model(seen.norm, radius),
                 outcomes=seen.at(right),
                 classes=evaluator.classes,
                 random=evaluator.random,
                 seed=evaluator.seed,
                 budget=max(0, budget - cost.forwards),
             )
+            if radius != seen.eps:
+                probed = [
+                    one.model_copy(update={"evidence": f"{one.evidence} (at radius {radius:.4g})"})
+                    for one in probed
+                ]
             found += probed
             cost.gradients += more.gradients
             cost.forwards += more.forwards
