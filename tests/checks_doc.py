@@ -27,7 +27,8 @@ SECTIONS = {
     ),
     "bench.audit.probes": (
         "Probes",
-        "Further attacks on a sample of the images, within a budget of the run's own cost. *Beyond chance* is the exact "
+        "Further attacks on a sample of the images, within a budget of the run's own cost, at the protocol's radius; where nothing is "
+        "left there, at the next smaller one at which PGD leaves more than chance. *Beyond chance* is the exact "
         "one-sided binomial test at 2 %, against what the check allows.",
     ),
     "bench.lint": ("Tables", "Asked of anybody's table of accuracies by `bench lint`; no model is needed."),
