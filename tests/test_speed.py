@@ -65,6 +65,12 @@ MULTIPLY_ADDS = 8 * 8 * 4 * 9 + 256 * 10
 SECONDS = 0.25
 
 
+@pytest.fixture(autouse=True)
+def has_bf16(monkeypatch):
+    """A processor that has it not is told of on stderr; what is said there is tested elsewhere."""
+    monkeypatch.setattr("bench.session.emulates_bf16", lambda device: False)
+
+
 @pytest.fixture
 def call(tmp_path, monkeypatch, capsys):
     """Runs `bench speed` here on a clock that says a quarter of a second to everything: exit code, output, errors."""
