@@ -32,6 +32,8 @@ MEASURED = ROOT / "results" / "measured"
 CIFAR = ROOT / "results" / "cifar10"
 DOCUMENTS = (ROOT / "README.md", MEASURED / "README.md", ROOT / "results" / "README.md")
 MARK = re.compile(r"<!-- (table|read|rows|summary|hours): (.+?) -->\n.*?<!-- /table -->", re.DOTALL)
+#: how the second training of a row is called, of the same settings and seed
+AGAIN = "-bf16"
 #: stands where the grid has not come yet
 NOT_YET = "Not measured yet; `tests/grid.py` goes on with it."
 ENDINGS = {"markdown": "md", "latex": "tex", "csv": "csv"}
@@ -47,10 +49,18 @@ def measured(root: Path):
 
 @cache
 def named():
-    """The groups of the grid, by the names of its rows."""
+    """The groups of the grid, by the names of its rows; of a row that was trained in fp32 and in bf16, the latter by a name of its own."""
     from bench.long import groups
 
-    return [replace(group, label=grid.name_of(group.records[0])) for group in groups(measured(CIFAR))]
+    found = [
+        (grid.name_of(group.records[0]), group.records[0].asked.precision, group)
+        for group in groups(measured(CIFAR))
+    ]
+    exact = {name for name, precision, _ in found if precision == "fp32"}
+    return [
+        replace(group, label=f"{name}{AGAIN}" if precision == "bf16" and name in exact else name)
+        for name, precision, group in found
+    ]
 
 
 def chosen(rows: str, protocol: str = "*"):
@@ -109,7 +119,7 @@ def rows(told: str) -> str:
     base = None
     for name in (name for name in told.split(",") if chosen(name)):
         training = chosen(name)[0].records[0].training
-        row = next(row for row in grid.CPU.rows if row.name == name)
+        row = next(row for row in grid.CPU.rows if row.name == name.removesuffix(AGAIN))
         # ablations leave out what they share with DWF
         settings = ", ".join(
             f"{key} {_said(value)}" for key, value in row.settings.items() if grid.DWF.get(key) != value
