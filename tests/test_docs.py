@@ -17,6 +17,16 @@ def test_every_table_is_byte_for_byte_what_its_records_give(path):
     assert path.read_text(encoding="utf-8") == tables.tables()[path]
 
 
+def test_every_network_of_the_grid_has_a_name_of_its_own():
+    named = {}
+    for group in tables.named():
+        named.setdefault((group.label, group.protocol), []).append(group)
+    assert [name for name, found in named.items() if len(found) > 1] == []
+    assert {one.label.removesuffix(tables.AGAIN) for one in tables.named()} <= {
+        row.name for row in tables.grid.CPU.rows
+    }
+
+
 @pytest.mark.parametrize("root", [tables.MEASURED, tables.CIFAR], ids=lambda root: root.name)
 def test_the_kept_figures_show_what_the_records_give(root):
     assert tables.stale_figures(root) == []
