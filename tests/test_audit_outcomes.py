@@ -377,6 +377,12 @@ def test_where_nothing_is_left_the_claim_is_that_of_the_next_smaller_radius_of_p
     assert run((pgd(20), 110)).claimed is None and run().claimed is None
 
 
+def test_a_radius_that_nothing_was_run_at_is_spoken_for_by_larger_ones():
+    larger = run((pgd(20, eps=0.1), 300), eps=0.05)
+    assert larger.claimed == 0.05 and [one.epsilon for one in larger.attacks_at("Linf", 0.05)] == [0.1]
+    assert larger.attacks_at("L2", 0.05) == [] == larger.attacks_at("Linf", 0.2)
+
+
 def test_every_attack_of_a_radius_counts_for_what_is_claimed_there():
     both = [(pgd(20, eps=0.01), 500), (other("square", eps=0.01), 0), (pgd(20, eps=0.001), 800)]
     assert run(*both, (pgd(20), 0)).claimed == 0.001

@@ -165,8 +165,10 @@ class Outcomes:
         return None
 
     def attacks_at(self, norm: str, eps: float) -> list[ColumnRecord]:
-        """The attacks of this radius; those of a smaller one say nothing of it, and those of a larger one too much."""
-        return [column for column in self.attacks if column.norm == norm and _same(column, eps)]
+        """The attacks of this radius, or where there is none, of larger ones; those of a smaller one say nothing of it."""
+        alike = [column for column in self.attacks if column.norm == norm]
+        exactly = [column for column in alike if _same(column, eps)]
+        return exactly or [column for column in alike if (column.epsilon or 0) > eps]
 
     def worst(self, columns: Sequence[ColumnRecord] | None = None) -> NDArray[np.float64]:
         """Per image the share of right answers in the worst of these columns, of all by default, `(n,)`.
